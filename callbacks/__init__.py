@@ -1,0 +1,15 @@
+"""Pruning as Lightning callbacks, imported as `lightning_prune.callbacks`."""
+
+# The folder stands at the top of the repository, so with the repository on sys.path it could be
+# imported under two names. Two copies of every class would make isinstance lie: refuse the second.
+if __name__ != "lightning_prune.callbacks":
+    raise ImportError(
+        f"this package was imported as {__name__!r}, which would make a second copy of its "
+        "classes; write `from lightning_prune.callbacks import ...` instead"
+    )
+
+from lightning_prune.callbacks.gradual_magnitude import (
+    GradualMagnitudePruning as GradualMagnitudePruning,
+)
+
+__all__ = ["GradualMagnitudePruning"]

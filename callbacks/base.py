@@ -1,0 +1,467 @@
+"""What all pruning callbacks share: the hooks between a Trainer and one mask policy.
+
+What is pruned is decided by the `Policy` and written by `lightning_prune.apply`; here is only
+*when*. docs/architecture.md shows the order of events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_prune.allocation import Allocation, as_allocation
+from lightning_prune.apply import mask_, mask_moments_, masked
+from lightning_prune.callbacks import checks
+from lightning_prune.callbacks.costs import count_with_example
+from lightning_prune.callbacks.state import check_checkpoint, pack_state, unpack_state
+from lightning_prune.callbacks.steps import StepCounter
+from lightning_prune.criteria import Criterion
+from lightning_prune.distributed import Shards, agree, shards_of
+from lightning_prune.errors import NoEffectWarning, refusal
+from lightning_prune.masks import MaskSet, pack
+from lightning_prune.patterns import Pattern, as_pattern
+from lightning_prune.policy import Policy
+from lightning_prune.schedules import Schedule, Timeline, as_schedule, check_window, timeline
+from lightning_prune.targets import Selection, Target, canonical_name, select
+from lightning_prune.usage import UseCounter, relative_costs
+
+__all__ = ["Budget", "MaskCallback"]
+
+Budget = Literal["parameters", "macs", "bytes"]
+
+
+class MaskCallback(L.Callback):
+    """A callback that keeps masks on weights and updates them along a schedule.
+
+    Subclasses choose the criterion and document the arguments; see `GradualMagnitudePruning`.
+
+    Attributes:
+        covers: What the masks cover: the weights themselves.
+        hard_from: From when a pruned entry is exactly zero: from the update that pruned it.
+    """
+
+    covers = "weight"
+    hard_from = "the update that prunes it"
+
+    def __init__(
+        self,
+        *,
+        sparsity: float,
+        criterion: Criterion,
+        schedule: str | Schedule | Callable[[float], float],
+        start: int | float,
+        end: int | float,
+        every: int | None,
+        targets: str | list[str] | None,
+        exclude: str | list[str] | None,
+        pattern: str | Pattern,
+        allocation: str | Mapping[str, float] | Allocation,
+        min_density: float,
+        budget: Budget,
+        initial_sparsity: float | Literal["from_model"],
+        total_steps: int | None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        checks.check_fraction(sparsity, f"{name}(sparsity=...)")
+        if initial_sparsity != "from_model":
+            checks.check_initial(initial_sparsity, sparsity, name)
+        checks.check_options(min_density, budget, total_steps, name)
+        self.sparsity = float(sparsity)
+        self.schedule = as_schedule(schedule)
+        check_window(self.schedule, start, end, every)
+        self.start, self.end, self.every = start, end, every
+        self.targets, self.exclude = targets, exclude
+        self.budget = budget
+        self.initial_sparsity = initial_sparsity
+        self.total_steps = total_steps
+        self.policy = Policy(
+            criterion=criterion,
+            pattern=as_pattern(pattern),
+            allocation=as_allocation(allocation),
+            min_density=float(min_density),
+        )
+        checks.check_pattern_sparsity(self.policy.pattern, self.sparsity, name)
+
+        self._targets: tuple[Target, ...] = ()
+        self._masks: MaskSet | None = None
+        self._shards = Shards()
+        self._timeline: Timeline | None = None
+        self._counter = StepCounter()
+        self._updated = -1  # the step of the last update made
+        self._actual = 0.0
+        self._uses: UseCounter | None = None
+        self._stash: dict[str, Any] | None = None
+
+    # What a plan sees before any training -------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The class's name."""
+        return type(self).__name__
+
+    def selection(self, model: torch.nn.Module) -> Selection:
+        """What this callback would prune in a model, and what not and why."""
+        return select(model, self.targets, self.exclude)
+
+    def timeline(
+        self, selection: Selection, total_steps: int | None, *, squeeze: bool = False
+    ) -> Timeline:
+        """The schedule on a run of so many optimizer steps; None for an unknown number."""
+        initial = self.initial_sparsity
+        if initial == "from_model":
+            initial = _zero_fraction(selection.targets, self._shards)
+            checks.check_initial(initial, self.sparsity, self.name)
+        if self.sparsity == 0 and initial == 0:
+            return Timeline(updates=(), values=(), initial=0.0)
+        return timeline(
+            self.schedule,
+            initial=float(initial),
+            final=self.sparsity,
+            start=self.start,
+            end=self.end,
+            every=self.every,
+            total=total_steps,
+            squeeze=squeeze,
+        )
+
+    # What users read ----------------------------------------------------------------------------
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Masks by parameter name, True = kept, of the weights' local shapes; empty before fit."""
+        return dict(self._masks or {})
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps made so far, of the slowest optimizer that owns a selected weight."""
+        return self._counter.step
+
+    @property
+    def state_key(self) -> str:
+        """Tells two callbacks of one class in one Trainer apart."""
+        return self._generate_state_key(targets=self.targets, exclude=self.exclude)
+
+    # Set-up -------------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuses a Trainer of the other package."""
+        checks.check_trainer(trainer, self.name)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Selects the weights, refuses what cannot work, and attaches to the optimizers."""
+        checks.check_strategy(trainer, self.name)
+        checks.check_callback_order(trainer, self)
+        checks.check_optimizers(trainer, self.name)
+        targets = self.selection(pl_module).targets
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if other is self:
+                break
+            if isinstance(other, MaskCallback):
+                checks.check_owner(_identities(targets), _identities(other._targets), self, other)
+        self._shards = shards_of((t.name, t.parameter) for t in targets)
+        if self._masks is not None:
+            checks.check_same_weights(self._masks, targets, self.name)
+        else:
+            self._masks = MaskSet({t.name: torch.ones_like(t.local, dtype=torch.bool) for t in targets})
+        self._targets = targets
+        self._place_masks()
+        if self.budget == "bytes":
+            self._set_costs({t.name: t.parameter.element_size() for t in targets})
+        elif self.budget == "macs" and not self.policy.costs:
+            self._set_costs(count_with_example(pl_module, targets) or {})
+        self.policy.check(targets, self.sparsity, self._shards)
+        self._counter.attach(trainer.optimizers, targets, self._after_step)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Restores a resumed state and lays the schedule onto the run, whose length is known now."""
+        masks = self._ready()
+        total = self._run_length(trainer)
+        squeeze = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        previous = self._timeline
+        if self._stash is not None:
+            previous = self._restore(self._stash)
+            self._stash = None
+        elif previous is None:
+            self._counter.start_at(trainer.global_step)
+            if trainer.global_step:
+                rank_zero_warn(
+                    f"The checkpoint holds no state of {self.name}: its schedule goes on from "
+                    f"step {trainer.global_step} with no weight pruned yet.",
+                    category=NoEffectWarning,
+                )
+        if previous is None:
+            previous = self.timeline(Selection(targets=self._targets, excluded=()), total, squeeze=squeeze)
+            if self.initial_sparsity == "from_model":
+                for target in self._targets:
+                    masks[target.name] = target.local != 0
+        self._timeline = previous
+        left = None if total is None else total - trainer.global_step
+        checks.check_enough_steps(previous, self.step, left, self.name)
+        if self.budget == "macs" and not self.policy.costs:
+            checks.check_macs_known(previous, self.step, self.name)
+            self._uses = UseCounter(self._targets)
+            self._uses.__enter__()
+        self._project()
+        self._count_actual()
+
+    def _place_masks(self) -> None:
+        masks = self._ready()
+        for target in self._targets:
+            masks[target.name] = masks[target.name].to(target.local.device)
+
+    def _run_length(self, trainer: L.Trainer) -> int | None:
+        if self.total_steps is not None:
+            return self.total_steps
+        if not trainer.lightning_module.automatic_optimization:
+            return None
+        estimate = trainer.estimated_stepping_batches
+        return int(estimate) if 0 < estimate < float("inf") else None
+
+    def _set_costs(self, costs: Mapping[str, int]) -> None:
+        self.policy = self.policy.with_costs(costs)
+
+    # Training -----------------------------------------------------------------------------------
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Makes up an update that a checkpoint came between, and the one at step 0."""
+        if _averages(trainer, StochasticWeightAveraging):
+            self._project()
+        self._update_if_due()
+
+    def on_before_optimizer_step(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        """Keeps pruned entries out of the norm that clipping sees."""
+        if not trainer.gradient_clip_val:  # type: ignore[attr-defined]
+            return
+        masks = self._ready()
+        for target in self._counter.owned(optimizer):
+            gradient = target.parameter.grad
+            if gradient is not None and not masks.full(target.name):
+                mask_(gradient, masks[target.name])
+
+    def _after_step(self, targets: tuple[Target, ...]) -> None:
+        masks = self._ready()
+        for target in targets:
+            if not masks.full(target.name):
+                mask_(target.parameter, masks[target.name])
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Updates the masks when the optimizer's steps have reached the next update, and logs."""
+        if self._uses is not None:
+            self._uses.close()
+            self._set_costs(relative_costs(self._shards.agree_on(self._uses.uses)))
+            self._uses = None
+            self.policy.check(self._targets, self.sparsity, self._shards)
+        self._update_if_due()
+        if not trainer.barebones:  # type: ignore[attr-defined]
+            due = self._resolved().value(self.step)
+            self.log("sparsity/target", due, prog_bar=True, on_step=True, on_epoch=False)
+            self.log("sparsity/actual", self._actual, prog_bar=True, on_step=True, on_epoch=False)
+
+    def _update_if_due(self) -> None:
+        step, schedule = self.step, self._resolved()
+        if not schedule.due(self._updated, step):
+            return
+        self._updated = step
+        masks, sparsity = self._ready(), schedule.value(step)
+        if sparsity == 0 and masks.density == 1:
+            return
+        changes = self.policy.masks(
+            self._targets, masks, sparsity=sparsity, final=self.sparsity, shards=self._shards
+        )
+        for target, mask in changes:
+            masks[target.name] = mask
+            self._write(target)
+        agree(((n, pack(m)) for n, m in masks.items()), shards=self._shards)
+        self._count_actual()
+
+    def _write(self, target: Target) -> None:
+        masks = self._ready()
+        if masks.full(target.name):
+            return
+        mask_(target.parameter, masks[target.name])
+        optimizer = self._counter.owner(target)
+        if optimizer is not None:
+            mask_moments_(optimizer, target.parameter, masks[target.name])
+
+    def _count_actual(self) -> None:
+        masks = self._ready()
+        pruned = sum(
+            masks[t.name].numel() - masks.kept(t.name)
+            for t in self._targets
+            if t.sharded or self._shards.rank == 0
+        )
+        total = sum(t.size for t in self._targets)
+        self._actual = int(self._shards.sum(torch.tensor(pruned))) / max(1, total)
+
+    # Averages, checkpoints, the end -------------------------------------------------------------
+
+    def _project(self) -> None:
+        for target in self._targets:
+            if not self._ready().full(target.name):
+                mask_(target.parameter, self._ready()[target.name])
+
+    def on_validation_epoch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule
+    ) -> None:
+        """Projects averaged weights that were swapped in."""
+        if self._masks is not None and _averages(trainer, WeightAveraging):
+            self._project()
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Projects averaged weights in the checkpoint, without touching the live ones."""
+        if self._masks is None or not _averages(
+            trainer, WeightAveraging, StochasticWeightAveraging
+        ):
+            return
+        by_name = {n: self._masks[t.name] for t in self._targets for n in (t.name, *t.aliases)}
+        for key in ("state_dict", "current_model_state"):
+            if key in checkpoint:
+                checkpoint[key] = {
+                    name: masked(value, by_name[canonical_name(name)])
+                    if canonical_name(name) in by_name
+                    else value
+                    for name, value in checkpoint[key].items()
+                }
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Projects the final weights; says so when training ended before the schedule did."""
+        self._project()
+        updates = self._resolved().updates
+        if updates and self._updated < updates[-1]:
+            rank_zero_warn(
+                f"Training ended at step {self.step}, before the last update of {self.name} at "
+                f"step {updates[-1]}: sparsity is {self._actual:.4f} of {self.sparsity:.4f}.",
+                category=NoEffectWarning,
+            )
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Projects once more, after averaging callbacks have written, and lets go of the model."""
+        self._project()
+        self._release()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Lets go of the model."""
+        self._release()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Lets go of the model."""
+        self._release()
+
+    def _release(self) -> None:
+        self._counter.detach()
+        if self._uses is not None:
+            self._uses.close()
+            self._uses = None
+
+    # State --------------------------------------------------------------------------------------
+
+    def _settings(self) -> dict[str, str]:
+        fields = ("schedule", "start", "end", "every", "total_steps", "initial_sparsity")
+        return {field: repr(getattr(self, field)) for field in fields}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks (one bit a weight), counters and the resolved schedule; a collective under FSDP2."""
+        if self._masks is None or self._timeline is None:
+            return self._stash or {}
+        return pack_state(
+            owner=self.name,
+            sparsity=self.sparsity,
+            pattern=repr(self.policy.pattern),
+            settings=self._settings(),
+            counts=self._counter.counts,
+            updated=self._updated,
+            schedule=self._timeline,
+            costs=self.policy.costs,
+            masks=self._masks,
+            targets=self._targets,
+        )
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuses a checkpoint in which this callback had other targets."""
+        check_checkpoint(checkpoint, self.state_key, self.name)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps the state until the weights are there, in ``on_train_start``."""
+        self._stash = state_dict
+
+    def _restore(self, state: dict[str, Any]) -> Timeline | None:
+        masks = self._ready()
+        restored = unpack_state(
+            state,
+            owner=self.name,
+            sparsity=self.sparsity,
+            pattern=repr(self.policy.pattern),
+            masks=masks,
+            targets=self._targets,
+        )
+        self._counter.start_at(restored.counts)
+        self._updated = restored.updated
+        if self.budget == "macs":
+            self._set_costs(restored.costs)
+        return restored.schedule if restored.settings == self._settings() else None
+
+    def _ready(self) -> MaskSet:
+        if self._masks is None:
+            raise refusal(
+                "The callback has not met a model yet",
+                where=self.name,
+                got="no masks",
+                allowed="hooks called by a Trainer, on_fit_start first",
+                fix="pass the callback to L.Trainer(callbacks=[...]) and call fit",
+            )
+        return self._masks
+
+    def _resolved(self) -> Timeline:
+        if self._timeline is None:
+            raise refusal(
+                "The schedule has not been laid onto a run yet",
+                where=self.name,
+                got="no number of steps",
+                allowed="hooks called by a Trainer, on_train_start first",
+                fix="pass the callback to L.Trainer(callbacks=[...]) and call fit",
+            )
+        return self._timeline
+
+
+def _identities(targets: tuple[Target, ...]) -> dict[int, str]:
+    return {id(t.parameter): t.name for t in targets}
+
+
+def _averages(trainer: L.Trainer, *kinds: type[L.Callback]) -> bool:
+    return any(isinstance(c, kinds) for c in trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def _zero_fraction(targets: tuple[Target, ...], shards: Shards) -> float:
+    zeros = sum(
+        t.local.numel() - int(torch.count_nonzero(t.local))
+        for t in targets
+        if t.sharded or shards.rank == 0
+    )
+    return int(shards.sum(torch.tensor(zeros))) / max(1, sum(t.size for t in targets))

@@ -1,0 +1,215 @@
+"""What a pruning callback refuses before the first batch."""
+
+from __future__ import annotations
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+
+from lightning_prune.errors import refusal
+from lightning_prune.masks import MaskSet
+from lightning_prune.patterns import Pattern
+from lightning_prune.schedules import Timeline
+from lightning_prune.targets import Target
+
+__all__ = [
+    "check_callback_order",
+    "check_enough_steps",
+    "check_fraction",
+    "check_initial",
+    "check_macs_known",
+    "check_optimizers",
+    "check_options",
+    "check_owner",
+    "check_pattern_sparsity",
+    "check_same_weights",
+    "check_strategy",
+    "check_trainer",
+]
+
+
+def check_fraction(value: float, argument: str) -> None:
+    """Refuses what is not a sparsity: a number in [0, 1)."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value < 1:
+        percent = number and 1 < value < 100
+        raise refusal(
+            "Sparsity is the fraction of weights that is zero",
+            where=argument,
+            got=value,
+            allowed="a number in [0, 1)",
+            fix=f"write {value / 100:g} for {value:g}%" if percent else "write 0.9 for 90%",
+        )
+
+
+def check_trainer(trainer: object, callback: str) -> None:
+    """Refuses the Trainer of the other package, whose classes are different objects."""
+    if not isinstance(trainer, L.Trainer):
+        raise refusal(
+            "The Trainer comes from another package than this callback",
+            where=callback,
+            got=f"{type(trainer).__module__}.{type(trainer).__name__}",
+            allowed="lightning.pytorch.Trainer",
+            fix="write `import lightning as L` and use L.Trainer and L.LightningModule",
+        )
+
+
+def check_strategy(trainer: L.Trainer, callback: str) -> None:
+    """Refuses strategies that flatten or partition parameters out of a mask's reach."""
+    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+        raise refusal(
+            "Masks cannot follow parameters that this strategy flattens or partitions",
+            where=callback,
+            got=type(trainer.strategy).__name__,
+            allowed="single device, DDP, or FSDP2 (ModelParallelStrategy)",
+            fix="use strategy='ddp', or ModelParallelStrategy with fully_shard",
+        )
+
+
+def check_callback_order(trainer: L.Trainer, callback: L.Callback) -> None:
+    """Refuses an averaging callback that would write dense averages after our projection."""
+    callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
+    for other in callbacks[callbacks.index(callback) + 1 :]:
+        if isinstance(other, WeightAveraging | StochasticWeightAveraging):
+            raise refusal(
+                "An averaging callback stands after the pruning callback, so averages would "
+                "overwrite its zeros",
+                where="Trainer(callbacks=[...])",
+                got=f"{type(callback).__name__} before {type(other).__name__}",
+                allowed="averaging callbacks first",
+                fix=f"write callbacks=[{type(other).__name__}(...), {type(callback).__name__}(...)]",
+            )
+
+
+def check_optimizers(trainer: L.Trainer, callback: str) -> None:
+    """Refuses optimizers that evaluate the loss several times within a step."""
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise refusal(
+                "LBFGS moves weights several times within one step, where no mask can be applied",
+                where=callback,
+                got="torch.optim.LBFGS",
+                allowed="optimizers that change the weights once a step, such as SGD or AdamW",
+                fix="train the pruned weights with another optimizer",
+            )
+
+
+def check_owner(
+    mine: dict[int, str], others: dict[int, str], callback: L.Callback, other: L.Callback
+) -> None:
+    """Refuses a weight that another callback prunes already.
+
+    Args:
+        mine: Names of the selected weights by identity of the tensor.
+        others: The same for the other callback.
+        callback: This callback.
+        other: The other one.
+    """
+    both = [name for key, name in mine.items() if key in others]
+    if both:
+        raise refusal(
+            "Two callbacks prune the same weight",
+            where=both[0] + (f" and {len(both) - 1} more" if len(both) > 1 else ""),
+            got=f"{type(other).__name__} and {type(callback).__name__}",
+            allowed="one owner for each weight",
+            fix="give them disjoint targets, or exclude from one what the other prunes",
+        )
+
+
+def check_initial(initial: float, final: float, callback: str) -> None:
+    """Refuses an initial sparsity that is none, or lies above the final one."""
+    check_fraction(initial, f"{callback}(initial_sparsity=...)")
+    if initial > final:
+        raise refusal(
+            "Pruning would start sparser than it is to end",
+            where=f"{callback}(initial_sparsity=...)",
+            got=f"initial sparsity {initial:.6g}, sparsity {final:.6g}",
+            allowed="an initial sparsity of at most the final one",
+            fix=f"ask for a sparsity of at least {initial:.6g}",
+        )
+
+
+def check_options(
+    min_density: float, budget: str, total_steps: int | None, callback: str
+) -> None:
+    """Refuses a least density, a budget or a number of steps that is out of range."""
+    if isinstance(min_density, bool) or not 0 <= min_density <= 1:
+        raise refusal(
+            "A least density is a fraction",
+            where=f"{callback}(min_density=...)",
+            got=min_density,
+            allowed="a number in [0, 1]",
+            fix="write min_density=0.05 to keep at least 5% of every tensor",
+        )
+    if budget not in ("parameters", "macs", "bytes"):
+        raise refusal(
+            "Unknown budget",
+            where=f"{callback}(budget=...)",
+            got=budget,
+            allowed="'parameters', 'macs' or 'bytes'",
+            fix="leave it out for parameters",
+        )
+    if total_steps is not None and (
+        isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1
+    ):
+        raise refusal(
+            "A run has a whole number of optimizer steps",
+            where=f"{callback}(total_steps=...)",
+            got=total_steps,
+            allowed="an integer >= 1, or None to ask the Trainer",
+            fix="leave it out under automatic optimization",
+        )
+
+
+def check_pattern_sparsity(pattern: Pattern, sparsity: float, callback: str) -> None:
+    """Refuses a sparsity that the pattern cannot end at."""
+    only = pattern.final_sparsity()
+    if only is not None and sparsity and abs(only - sparsity) > 1e-6:
+        raise refusal(
+            "The pattern fixes the sparsity",
+            where=f"{callback}(sparsity=..., pattern=...)",
+            got=f"sparsity {sparsity:g} with {pattern!r}",
+            allowed=f"sparsity {only:g}",
+            fix=f"write sparsity={only:g}",
+        )
+
+
+def check_same_weights(masks: MaskSet, targets: tuple[Target, ...], callback: str) -> None:
+    """Refuses a second fit on another model: masks go on, and must fit."""
+    shapes = {t.name: tuple(t.local.shape) for t in targets}
+    held = {name: tuple(mask.shape) for name, mask in masks.items()}
+    if shapes != held:
+        name = next(n for n in (*held, *shapes) if held.get(n) != shapes.get(n))
+        raise refusal(
+            "The callback holds masks of another model, and a second fit goes on with its masks",
+            where=f"{callback}, {name}",
+            got=f"a mask of shape {held.get(name)} for a weight of shape {shapes.get(name)}",
+            allowed="the same selected weights in every fit",
+            fix="make a new callback for a new model",
+        )
+
+
+def check_enough_steps(schedule: Timeline, step: int, left: int | None, callback: str) -> None:
+    """Refuses a run that ends before the schedule's last update."""
+    if left is not None and schedule.updates and schedule.updates[-1] > step + left:
+        raise refusal(
+            "The run ends before the schedule does",
+            where=callback,
+            got=f"{left} optimizer steps left after step {step}, last update at step "
+            f"{schedule.updates[-1]}",
+            allowed="a run that reaches the last update",
+            fix="train for longer, or use a new callback with a shorter schedule",
+        )
+
+
+def check_macs_known(schedule: Timeline, step: int, callback: str) -> None:
+    """Refuses a budget in MACs when an update is due before any forward pass."""
+    if schedule.updates and schedule.updates[0] <= step:
+        raise refusal(
+            "A budget in MACs needs a forward pass before the first update",
+            where=callback,
+            got=f"an update at step {schedule.updates[0]}, and no example_input_array",
+            allowed="an example input, or a first update after step 0",
+            fix="set self.example_input_array in the LightningModule, or start later",
+        )

@@ -1,0 +1,108 @@
+"""Gradual magnitude pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from lightning_prune.allocation import Allocation
+from lightning_prune.callbacks.base import Budget, MaskCallback
+from lightning_prune.criteria import Criterion, Magnitude, Random
+from lightning_prune.errors import refusal
+from lightning_prune.patterns import Pattern
+from lightning_prune.schedules import Schedule
+
+__all__ = ["GradualMagnitudePruning"]
+
+
+class GradualMagnitudePruning(MaskCallback):
+    """Sets the smallest weights to zero, a few more at every update, while the rest trains on.
+
+    Weights are ranked by magnitude at each update; between updates pruned weights stay exactly
+    zero. One-shot magnitude pruning is ``schedule="oneshot"``; global magnitude pruning is the
+    default allocation, with ``min_density`` as its minimum threshold against layer collapse.
+
+    Args:
+        sparsity: Fraction of the selected weights that is zero at the end, in [0, 1).
+        schedule: "cubic", "linear", "cosine", "oneshot" (one update at ``start``), "constant",
+            "iterative", a `Schedule` object, or a function from progress to the share of the way.
+        start: When pruning starts: a fraction of the run (float in [0, 1]) or an optimizer step.
+        end: When the last update is made, the same way; 1.0 is the run's last step.
+        every: Optimizer steps between updates; None = a hundredth of the way from start to end.
+        targets: Globs over module and parameter names that narrow the default selection; a full
+            parameter name overrides the default exclusions. See `lightning_prune.targets.select`.
+        exclude: Globs of what to leave out.
+        pattern: "unstructured", "N:M" such as "2:4", "block:32x32" (outputs x inputs), "row",
+            "column", or a `Pattern` object.
+        allocation: "global", "uniform", "erk", "lamp", a dict of final sparsities by glob, or an
+            `Allocation` object.
+        min_density: The least density of any one tensor, in [0, 1]. At least one weight stays.
+        budget: What ``sparsity`` is a fraction of: "parameters", "macs" (multiply-accumulates,
+            counted with the module's ``example_input_array`` or else the first training batch) or
+            "bytes".
+        initial_sparsity: Sparsity that the schedule starts from, in [0, sparsity], or "from_model"
+            for the zeros that are there already; these stay zero from the first step on.
+        criterion: "magnitude", "random" (the baseline), or a `Criterion` object.
+        total_steps: The run's optimizer steps, where the Trainer cannot know them (manual
+            optimization, data of unknown length) and start or end is a fraction.
+
+    Raises:
+        PruneError: On arguments out of range; at ``fit`` on what cannot be done.
+
+    Source: Zhu & Gupta 2017, arXiv:1710.01878; Gupta et al. 2022, arXiv:2209.14624 (global);
+    Lee et al. 2021, arXiv:2010.07611 (LAMP); Evci et al. 2020, arXiv:1911.11134 (ERK).
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(callbacks=[GradualMagnitudePruning(sparsity=0.9)])
+    """
+
+    def __init__(
+        self,
+        sparsity: float,
+        schedule: str | Schedule | Callable[[float], float] = "cubic",
+        start: int | float = 0.25,
+        end: int | float = 0.75,
+        every: int | None = None,
+        targets: str | list[str] | None = None,
+        exclude: str | list[str] | None = None,
+        pattern: str | Pattern = "unstructured",
+        allocation: str | dict[str, float] | Allocation = "global",
+        min_density: float = 0.0,
+        budget: Budget = "parameters",
+        initial_sparsity: float | Literal["from_model"] = 0.0,
+        criterion: str | Criterion = "magnitude",
+        total_steps: int | None = None,
+    ) -> None:
+        super().__init__(
+            sparsity=sparsity,
+            criterion=_as_criterion(criterion),
+            schedule=schedule,
+            start=start,
+            end=end,
+            every=every,
+            targets=targets,
+            exclude=exclude,
+            pattern=pattern,
+            allocation=allocation,
+            min_density=min_density,
+            budget=budget,
+            initial_sparsity=initial_sparsity,
+            total_steps=total_steps,
+        )
+
+
+def _as_criterion(value: str | Criterion) -> Criterion:
+    if value == "magnitude":
+        return Magnitude()
+    if value == "random":
+        return Random()
+    if isinstance(value, Criterion):
+        return value
+    raise refusal(
+        "Unknown criterion",
+        where="GradualMagnitudePruning(criterion=...)",
+        got=value,
+        allowed="'magnitude', 'random' or a Criterion object",
+        fix="leave it out for magnitude",
+    )

@@ -1,0 +1,99 @@
+"""Counts the steps that the optimizers of selected weights really made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from lightning_prune.targets import Target
+
+__all__ = ["StepCounter"]
+
+
+class StepCounter:
+    """Knows which optimizer owns which weight, and hears of every step.
+
+    Counts come from the optimizers' own post-step hooks: accumulating micro-batches and steps
+    that a gradient scaler skips are not steps, and two optimizers are counted apart.
+    """
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+        self._optimizers: list[torch.optim.Optimizer] = []
+        self._owned: list[tuple[Target, ...]] = []
+        self._handles: list[RemovableHandle] = []
+
+    def attach(
+        self,
+        optimizers: Sequence[torch.optim.Optimizer],
+        targets: Sequence[Target],
+        after_step: Callable[[tuple[Target, ...]], None],
+    ) -> None:
+        """Hooks onto the optimizers; goes on from the step reached before.
+
+        Args:
+            optimizers: The Trainer's optimizers.
+            targets: The selected weights.
+            after_step: Called with the weights that an optimizer owns after each of its steps.
+        """
+        self.detach()
+        reached = self.step
+        self._optimizers = list(optimizers)
+        self._owned = []
+        for optimizer in self._optimizers:
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            self._owned.append(tuple(t for t in targets if id(t.parameter) in held))
+        self.counts = [reached] * len(self._optimizers)
+
+        def hook(index: int) -> Callable[[torch.optim.Optimizer, Any, Any], None]:
+            def stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+                # A fused optimizer under a gradient scaler skips inside its own step.
+                found_inf = getattr(optimizer, "found_inf", None)
+                if found_inf is not None and bool(found_inf.item()):
+                    return
+                self.counts[index] += 1
+                after_step(self._owned[index])
+
+            return stepped
+
+        self._handles = [
+            o.register_step_post_hook(hook(i)) for i, o in enumerate(self._optimizers)
+        ]
+
+    def detach(self) -> None:
+        """Removes the hooks; counts stay."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @property
+    def step(self) -> int:
+        """Steps of the slowest optimizer that owns a selected weight; of all if none does."""
+        owners = [n for n, owned in zip(self.counts, self._owned, strict=True) if owned]
+        return min(owners or self.counts, default=0)
+
+    def start_at(self, counts: int | Sequence[int]) -> None:
+        """Sets the counts: one number for all optimizers, or one for each."""
+        if isinstance(counts, int):
+            self.counts = [counts] * len(self._optimizers)
+        elif len(counts) == len(self._optimizers):
+            self.counts = list(counts)
+        else:
+            self.counts = [min(counts, default=0)] * len(self._optimizers)
+
+    def owned(self, optimizer: torch.optim.Optimizer) -> tuple[Target, ...]:
+        """The selected weights that an optimizer owns."""
+        for known, owned in zip(self._optimizers, self._owned, strict=True):
+            if known is optimizer:
+                return owned
+        return ()
+
+    def owner(self, target: Target) -> torch.optim.Optimizer | None:
+        """The optimizer that owns a weight; None when it is not trained."""
+        for optimizer, owned in zip(self._optimizers, self._owned, strict=True):
+            if any(t is target for t in owned):
+                return optimizer
+        return None

@@ -1,0 +1,467 @@
+"""How the budget spreads over tensors: whole units, the total exact.
+
+Two kinds: `Uniform`, `ERK` and `PerGlob` fix every tensor's share from its shape; `Global` and
+`LAMP` let the scores of all tensors compete. Both respect the least and the most that may go from
+a tensor, and share out what such a bound leaves over.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from lightning_prune.errors import refusal
+from lightning_prune.threshold import Candidates, Quota, order_keys, smallest
+
+__all__ = [
+    "ERK",
+    "LAMP",
+    "Allocation",
+    "Global",
+    "PerGlob",
+    "Pool",
+    "Uniform",
+    "as_allocation",
+    "lamp_scores",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """What an allocation may know, one entry per tensor.
+
+    Attributes:
+        names: Parameter names.
+        shapes: Shapes of the whole tensors.
+        units: Number of units of the whole tensors.
+        caps: The most units that may be pruned.
+        progress: The share of the final sparsity that is due, in [0, 1].
+        scores: Gives tensor i's local unit scores, 1-D; infinite where a unit must stay.
+        candidates: The same scores as order keys, with costs and shards.
+    """
+
+    names: Sequence[str]
+    shapes: Sequence[tuple[int, ...]]
+    units: Sequence[int]
+    caps: Sequence[int]
+    progress: float
+    scores: Callable[[int], Tensor]
+    candidates: Candidates
+
+    @property
+    def costs(self) -> Sequence[int]:
+        """The cost of one unit of each tensor."""
+        return self.candidates.costs
+
+
+@runtime_checkable
+class Allocation(Protocol):
+    """How much of the budget each tensor bears."""
+
+    def split(self, pool: Pool, budget: int) -> list[Quota]:
+        """Chooses what to prune.
+
+        Args:
+            pool: The tensors.
+            budget: The cost of what is to be pruned, at most that of all caps together.
+
+        Returns:
+            A quota per tensor, whose cost adds up to the smallest total >= budget that is found.
+        """
+        ...
+
+    def check(self, pool: Pool, budget: int) -> None:
+        """Refuses what can be seen to be impossible from shapes alone; raises PruneError."""
+        ...
+
+
+def _check_densities(least: float, most: float) -> None:
+    if not (0 <= least <= most <= 1):
+        raise refusal(
+            "Bounds on a tensor's density are fractions",
+            where="min_density and max_density",
+            got=f"min_density={least}, max_density={most}",
+            allowed="0 <= min_density <= max_density <= 1",
+            fix="write min_density=0.05 to keep at least 5% of every tensor",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Bounds:
+    """The fewest and the most units that may be pruned of each tensor."""
+
+    least: list[int]
+    most: list[int]
+
+
+def _bounds(pool: Pool, min_density: float, max_density: float) -> _Bounds:
+    most = [
+        min(cap, n - math.ceil(min_density * n - 1e-9))
+        for cap, n in zip(pool.caps, pool.units, strict=True)
+    ]
+    least = [
+        min(math.floor((1 - max_density) * pool.progress * n + 1e-9), m)
+        for m, n in zip(most, pool.units, strict=True)
+    ]
+    return _Bounds(least, most)
+
+
+def _cost(pool: Pool, counts: Sequence[float]) -> float:
+    return math.fsum(k * c for k, c in zip(counts, pool.costs, strict=True))
+
+
+def _check_reachable(pool: Pool, budget: int, bounds: _Bounds) -> None:
+    least, most = _cost(pool, bounds.least), _cost(pool, bounds.most)
+    if least <= budget <= most:
+        return
+    whole = _cost(pool, pool.units)
+    word, bound = ("at most", most) if budget > most else ("at least", least)
+    tightest = min(range(len(pool.units)), key=lambda i: bounds.most[i] / max(1, pool.units[i]))
+    raise refusal(
+        "The budget cannot be met",
+        where="sparsity, allocation and min_density"
+        + (f"; tightest at {pool.names[tightest]}" if budget > most else ""),
+        got=f"{budget / whole:.6f} of the selected weights' cost to prune",
+        allowed=f"{word} {bound / whole:.6f}: what patterns, min_density and max_density allow",
+        fix="change sparsity, relax min_density or max_density, or select more weights",
+    )
+
+
+def _compete(pool: Pool, units: Candidates, budget: int, bounds: _Bounds) -> list[Quota]:
+    """The lowest scores of all tensors; those that break a bound are held at it, worst first."""
+    quotas: dict[int, Quota] = {}
+    free, left = list(range(len(pool.units))), budget
+    while free:
+        trial = smallest(units, free, left)
+        over = [i for i in free if trial[i].count > bounds.most[i]]
+        under = [i for i in free if trial[i].count < bounds.least[i]]
+        too_much = sum((trial[i].count - bounds.most[i]) * pool.costs[i] for i in over)
+        too_little = sum((bounds.least[i] - trial[i].count) * pool.costs[i] for i in under)
+        if not over and not under:
+            quotas.update(trial)
+            break
+        held, at = (over, bounds.most) if too_much >= too_little else (under, bounds.least)
+        for i in held:
+            quotas.update(smallest(units, [i], at[i] * pool.costs[i]))
+            left -= at[i] * pool.costs[i]
+        free = [i for i in free if i not in held]
+    return _give_back([quotas[i] for i in range(len(pool.units))], pool, units, budget, bounds)
+
+
+def _give_back(
+    quotas: list[Quota], pool: Pool, units: Candidates, budget: int, bounds: _Bounds
+) -> list[Quota]:
+    """Keeps units after all that the budget does not need, where the costs of units differ."""
+    over = sum(q.count * c for q, c in zip(quotas, pool.costs, strict=True)) - budget
+    for i in sorted(range(len(quotas)), key=lambda i: -pool.costs[i]):
+        back = min(over // pool.costs[i], quotas[i].count - bounds.least[i]) if over > 0 else 0
+        if back > 0:
+            quotas[i] = smallest(units, [i], (quotas[i].count - back) * pool.costs[i])[i]
+            over -= back * pool.costs[i]
+    return quotas
+
+
+def _share_out(
+    pool: Pool, budget: int, bounds: _Bounds, shares: Callable[[float], Sequence[float]]
+) -> list[Quota]:
+    """Whole units from pruned shares that grow with one level in [0, 1]; total exact."""
+
+    def ideal(level: float) -> list[float]:
+        rows = zip(pool.units, shares(level), bounds.least, bounds.most, strict=True)
+        return [min(max(n * share, least), most) for n, share, least, most in rows]
+
+    low, high = 0.0, 1.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _cost(pool, ideal(middle)) < budget else (low, middle)
+    exact = ideal(high)
+    counts = [math.floor(k + 1e-6) for k in exact]
+    left = budget - sum(k * c for k, c in zip(counts, pool.costs, strict=True))
+    order = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])  # largest remainder first
+    while left > 0:
+        for i in order:
+            if left > 0 and counts[i] < bounds.most[i]:
+                counts[i] += 1
+                left -= pool.costs[i]
+    quotas = [
+        smallest(pool.candidates, [i], n * pool.costs[i])[i] for i, n in enumerate(counts)
+    ]
+    return _give_back(quotas, pool, pool.candidates, budget, bounds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Global:
+    """The lowest scores of all tensors together, wherever they lie.
+
+    Args:
+        min_density: The least density of any tensor, in [0, 1]; the minimum threshold against
+            layer collapse. 0 still keeps one weight.
+        max_density: The most density of any tensor at the final sparsity, in [0, 1].
+
+    Source: Gupta et al. 2022, arXiv:2209.14624 (Global MP and its minimum threshold).
+    """
+
+    min_density: float = 0.0
+    max_density: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Checks the bounds."""
+        _check_densities(self.min_density, self.max_density)
+
+    def check(self, pool: Pool, budget: int) -> None:
+        """Refuses a budget outside the bounds."""
+        _check_reachable(pool, budget, _bounds(pool, self.min_density, self.max_density))
+
+    def split(self, pool: Pool, budget: int) -> list[Quota]:
+        """One cut through the scores of all tensors."""
+        bounds = _bounds(pool, self.min_density, self.max_density)
+        return _compete(pool, pool.candidates, budget, bounds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Uniform:
+    """The same sparsity in every tensor.
+
+    Args:
+        min_density: The least density of any tensor, in [0, 1].
+        max_density: The most density of any tensor at the final sparsity, in [0, 1].
+
+    Source: Zhu & Gupta 2017, arXiv:1710.01878.
+    """
+
+    min_density: float = 0.0
+    max_density: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Checks the bounds."""
+        _check_densities(self.min_density, self.max_density)
+
+    def check(self, pool: Pool, budget: int) -> None:
+        """Refuses a budget outside the bounds."""
+        _check_reachable(pool, budget, _bounds(pool, self.min_density, self.max_density))
+
+    def split(self, pool: Pool, budget: int) -> list[Quota]:
+        """The same share of each tensor."""
+        bounds = _bounds(pool, self.min_density, self.max_density)
+        return _share_out(pool, budget, bounds, lambda level: [level] * len(pool.units))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ERK:
+    """Erdos-Renyi-Kernel: density in proportion to sum(shape) / prod(shape).
+
+    Small tensors stay denser. One factor for all tensors is solved so that the total is exact;
+    tensors whose density would pass 1 stay dense.
+
+    Args:
+        power: Exponent of the proportion, >= 0; 0 is uniform.
+        min_density: The least density of any tensor, in [0, 1].
+        max_density: The most density of any tensor at the final sparsity, in [0, 1].
+
+    Source: Evci et al. 2020, arXiv:1911.11134, section 3.
+    """
+
+    power: float = 1.0
+    min_density: float = 0.0
+    max_density: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Checks the power and the bounds."""
+        _check_densities(self.min_density, self.max_density)
+        if not (math.isfinite(self.power) and self.power >= 0):
+            raise refusal(
+                "ERK raises a proportion to a power",
+                where="ERK(power=...)",
+                got=self.power,
+                allowed="a finite number >= 0",
+                fix="write power=1.0",
+            )
+
+    def check(self, pool: Pool, budget: int) -> None:
+        """Refuses a budget outside the bounds."""
+        _check_reachable(pool, budget, _bounds(pool, self.min_density, self.max_density))
+
+    def split(self, pool: Pool, budget: int) -> list[Quota]:
+        """Shares from shapes alone."""
+        raw = [(sum(s) / max(1, math.prod(s))) ** self.power for s in pool.shapes]
+        largest = 1 / min(raw)  # with this factor every tensor is dense
+
+        def shares(level: float) -> list[float]:
+            return [max(0.0, 1 - (1 - level) * largest * r) for r in raw]
+
+        bounds = _bounds(pool, self.min_density, self.max_density)
+        return _share_out(pool, budget, bounds, shares)
+
+
+@dataclass(frozen=True, slots=True)
+class PerGlob:
+    """A sparsity of its own for the tensors that a glob matches; the rest shares what is left.
+
+    Args:
+        sparsities: Final sparsity in [0, 1) by glob over parameter names (``*`` crosses dots); the
+            first glob that matches a tensor counts. On the way there each follows the schedule.
+    """
+
+    sparsities: dict[str, float]
+
+    def __post_init__(self) -> None:
+        """Checks the sparsities."""
+        for glob, sparsity in self.sparsities.items():
+            if isinstance(sparsity, bool) or not 0 <= sparsity < 1:
+                raise refusal(
+                    "Sparsity is a fraction",
+                    where=f"allocation[{glob!r}]",
+                    got=sparsity,
+                    allowed="a number in [0, 1)",
+                    fix="write 0.9 for 90%",
+                )
+
+    def _own(self, pool: Pool) -> list[float | None]:
+        return [
+            next((s for g, s in self.sparsities.items() if fnmatchcase(name, g)), None)
+            for name in pool.names
+        ]
+
+    def check(self, pool: Pool, budget: int) -> None:
+        """Refuses globs that match nothing, and sparsities that do not add up to the budget."""
+        for glob in self.sparsities:
+            if not any(fnmatchcase(name, glob) for name in pool.names):
+                raise refusal(
+                    "A glob matches no selected weight",
+                    where="allocation",
+                    got=glob,
+                    allowed="a pattern over names such as " + ", ".join(map(repr, pool.names[:3])),
+                    fix="correct it or take it out; * crosses dots",
+                )
+        own, whole = self._own(pool), _cost(pool, pool.units)
+        fixed = _cost(pool, [(s or 0.0) * n for s, n in zip(own, pool.units, strict=True)])
+        free = [cap if s is None else 0 for s, cap in zip(own, pool.caps, strict=True)]
+        rest = _cost(pool, free)
+        slack = len(pool.units) + 1e-3 * whole
+        if not fixed - slack <= budget <= fixed + rest + slack:
+            raise refusal(
+                "The sparsities by glob do not add up to the budget",
+                where="allocation and sparsity",
+                got=f"sparsity {budget / whole:.6f}, while the globs give {fixed / whole:.6f} and "
+                f"the rest can give up to {rest / whole:.6f} more",
+                allowed=f"a sparsity in [{fixed / whole:.6f}, {(fixed + rest) / whole:.6f}]",
+                fix=f"write sparsity={fixed / whole:.6f}, or change the sparsities by glob",
+            )
+        _check_reachable(pool, budget, _bounds(pool, 0.0, 1.0))
+
+    def split(self, pool: Pool, budget: int) -> list[Quota]:
+        """Fixed shares for the matched, one common share for the rest."""
+        own = self._own(pool)
+        everything = None not in own
+
+        def shares(level: float) -> list[float]:
+            if everything:  # rounding is spread over all
+                return [min(1.0, 2 * level * (s or 0.0) * pool.progress) for s in own]
+            return [level if s is None else s * pool.progress for s in own]
+
+        return _share_out(pool, budget, _bounds(pool, 0.0, 1.0), shares)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LAMP:
+    """Layer-adaptive magnitude: scores normalised within a tensor compete across tensors.
+
+    Args:
+        min_density: The least density of any tensor, in [0, 1].
+        max_density: The most density of any tensor at the final sparsity, in [0, 1].
+
+    Source: Lee et al. 2021, arXiv:2010.07611, eq. 3.
+    """
+
+    min_density: float = 0.0
+    max_density: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Checks the bounds."""
+        _check_densities(self.min_density, self.max_density)
+
+    def check(self, pool: Pool, budget: int) -> None:
+        """Refuses a budget outside the bounds, and tensors that are split over ranks."""
+        if any(pool.candidates.sharded):
+            raise refusal(
+                "LAMP sorts whole tensors, which no rank holds here",
+                where="allocation='lamp'",
+                got="weights split over ranks (FSDP2)",
+                allowed="'global', 'uniform', 'erk' or a sparsity per glob",
+                fix="choose one of these, or train with DDP",
+            )
+        _check_reachable(pool, budget, _bounds(pool, self.min_density, self.max_density))
+
+    def split(self, pool: Pool, budget: int) -> list[Quota]:
+        """Amounts from LAMP scores, then the lowest scores within each tensor."""
+        keys = [order_keys(lamp_scores(pool.scores(i))) for i in range(len(pool.units))]
+        units = replace(pool.candidates, keys=keys.__getitem__, sample=lambda i, n: keys[i][::n])
+        bounds = _bounds(pool, self.min_density, self.max_density)
+        amounts = _compete(pool, units, budget, bounds)
+        return [
+            smallest(pool.candidates, [i], q.count * pool.costs[i])[i]
+            for i, q in enumerate(amounts)
+        ]
+
+
+def lamp_scores(scores: Tensor) -> Tensor:
+    """Divides each squared score by the sum of all squares that are not smaller.
+
+    Args:
+        scores: Non-negative scores of one tensor's units, shape (U,); infinite ones stay so.
+
+    Returns:
+        float32 of shape (U,), in [0, 1]; the largest finite score gives 1, zeros give 0.
+
+    Source: Lee et al. 2021, arXiv:2010.07611, eq. 3; the sum runs backwards in float64, since
+    subtracting a forward sum from the total cancels in large tensors.
+
+    Example:
+        >>> lamp_scores(torch.tensor([1.0, 2.0])).tolist()
+        [0.20000000298023224, 1.0]
+    """
+    ascending, order = scores.double().sort(stable=True)
+    squares = torch.where(ascending.isinf(), 0.0, ascending.square())
+    rest = squares.flip(0).cumsum(0).flip(0)
+    values = torch.where(squares > 0, squares / rest, 0.0)
+    values = torch.where(ascending.isinf(), ascending, values)
+    return torch.empty_like(values).scatter_(0, order, values).float()
+
+
+_NAMED: dict[str, type[Global] | type[Uniform] | type[ERK] | type[LAMP]] = {
+    "global": Global,
+    "uniform": Uniform,
+    "erk": ERK,
+    "lamp": LAMP,
+}
+
+
+def as_allocation(value: str | Mapping[str, float] | Allocation) -> Allocation:
+    """Reads an allocation from its short form.
+
+    Args:
+        value: "global", "uniform", "erk", "lamp", a dict of sparsities by glob, or an object.
+
+    Raises:
+        PruneError: If it is none of these.
+    """
+    if isinstance(value, str):
+        if value in _NAMED:
+            return _NAMED[value]()
+    elif isinstance(value, Mapping):
+        return PerGlob(dict(value))
+    elif isinstance(value, Allocation):
+        return value
+    raise refusal(
+        "Unknown allocation",
+        where="allocation",
+        got=value,
+        allowed="'global', 'uniform', 'erk', 'lamp', a dict of sparsities by glob, or an object",
+        fix="write allocation='global'",
+    )

@@ -1,0 +1,406 @@
+"""Which shape the zeros take.
+
+A pattern cuts a weight, viewed as (G, O, K, I), into units that are pruned whole. Units are
+numbered in the order of their smallest indices; in the order of storage for `Unstructured`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from lightning_prune.errors import PruneError, refusal
+from lightning_prune.targets import Target
+
+__all__ = ["NM", "Block", "Column", "Pattern", "Row", "Unstructured", "as_pattern"]
+
+Pooling = Literal["mean", "max"]
+
+
+@runtime_checkable
+class Pattern(Protocol):
+    """The shape of the zeros in one weight tensor."""
+
+    def check(self, target: Target) -> None:
+        """Refuses a weight that the pattern does not fit; raises PruneError."""
+        ...
+
+    def unit_size(self, target: Target) -> int:
+        """How many weights one unit holds."""
+        ...
+
+    def cap(self, target: Target) -> int:
+        """The most units of the whole weight that the pattern lets go."""
+        ...
+
+    def unit_scores(self, target: Target, scores: Tensor) -> Tensor:
+        """Scores of the local units, shape (U,); infinite for a unit that must stay."""
+        ...
+
+    def unit_mask(self, target: Target, mask: Tensor) -> Tensor:
+        """Which local units a mask keeps, bool of shape (U,)."""
+        ...
+
+    def expand(self, target: Target, kept: Tensor) -> Tensor:
+        """The mask, of the weight's local shape, that keeps the units in ``kept`` (U,)."""
+        ...
+
+    def final_sparsity(self) -> float | None:
+        """The only sparsity that the pattern can end at; None when any will do."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Unstructured:
+    """Every weight by itself."""
+
+    def check(self, target: Target) -> None:
+        """Fits every weight."""
+
+    def unit_size(self, target: Target) -> int:
+        """One weight."""
+        return 1
+
+    def cap(self, target: Target) -> int:
+        """All of them."""
+        return target.size
+
+    def unit_scores(self, target: Target, scores: Tensor) -> Tensor:
+        """The scores themselves, flat."""
+        return scores.reshape(-1)
+
+    def unit_mask(self, target: Target, mask: Tensor) -> Tensor:
+        """The mask itself, flat."""
+        return mask.reshape(-1)
+
+    def expand(self, target: Target, kept: Tensor) -> Tensor:
+        """The kept weights in the weight's shape."""
+        return kept.view(target.local.shape)
+
+    def final_sparsity(self) -> float | None:
+        """Any."""
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class NM:
+    """Keeps N of every M consecutive inputs.
+
+    On the way there (a schedule between 0 and 1 - N/M) only the M - N lowest scores of a group
+    may go, so that every group ends with exactly N and the sum is exact at every update.
+
+    Args:
+        n: Weights kept in a group, in [1, m).
+        m: Consecutive inputs in a group, >= 2; must divide the number of inputs.
+
+    Source: Mishra et al. 2021, arXiv:2104.08378 (2:4); Zhou et al. 2021, arXiv:2102.04010 (N:M).
+    """
+
+    n: int = 2
+    m: int = 4
+
+    def __post_init__(self) -> None:
+        """Checks 1 <= n < m."""
+        if not 1 <= self.n < self.m:
+            raise refusal(
+                "N:M keeps N of every M weights",
+                where="pattern",
+                got=f"{self.n}:{self.m}",
+                allowed="1 <= N < M",
+                fix="write '2:4' for half of the weights, '1:4' for a quarter",
+            )
+
+    def check(self, target: Target) -> None:
+        """Needs a number of inputs that m divides."""
+        inputs = _canonical_shape(target)[3]
+        if inputs % self.m:
+            raise refusal(
+                f"{self.n}:{self.m} needs groups of {self.m} consecutive inputs",
+                where=target.name,
+                got=f"{inputs} inputs (shape {tuple(target.shape)})",
+                allowed=f"a number of inputs that {self.m} divides",
+                fix=f"exclude it with exclude=[{target.name!r}], or choose another M",
+            )
+        if target.sharded and target.layout not in ("linear", "conv", "table", "experts"):
+            raise _needs_whole(target, f"{self.n}:{self.m}")
+
+    def unit_size(self, target: Target) -> int:
+        """One weight."""
+        return 1
+
+    def cap(self, target: Target) -> int:
+        """M - N of every M."""
+        return target.size // self.m * (self.m - self.n)
+
+    def unit_scores(self, target: Target, scores: Tensor) -> Tensor:
+        """The scores, flat, infinite for the N best of each group (later ones on ties)."""
+        scores = scores.clone()
+        view = target.canonical(scores)
+        groups = view.reshape(*view.shape[:3], -1, self.m)
+        best = groups.argsort(dim=-1, stable=True)[..., self.m - self.n :]
+        groups = groups.scatter(-1, best, float("inf"))
+        view.copy_(groups.view(view.shape))
+        return scores.view(-1)
+
+    def unit_mask(self, target: Target, mask: Tensor) -> Tensor:
+        """The mask itself, flat."""
+        return mask.reshape(-1)
+
+    def expand(self, target: Target, kept: Tensor) -> Tensor:
+        """The kept weights in the weight's shape."""
+        return kept.view(target.local.shape)
+
+    def final_sparsity(self) -> float | None:
+        """1 - N/M."""
+        return 1 - self.n / self.m
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Blocks of a x b weights: a outputs by b inputs (at one kernel position).
+
+    Args:
+        rows: Outputs in a block, >= 1; must divide the number of outputs.
+        columns: Inputs in a block, >= 1; must divide the number of inputs.
+        pooling: A block's score: the mean or the maximum of its weights' scores.
+
+    Source: Narang et al. 2017, arXiv:1711.02782.
+    """
+
+    rows: int = 32
+    columns: int = 32
+    pooling: Pooling = "mean"
+
+    def __post_init__(self) -> None:
+        """Checks the sides and the pooling."""
+        _check_pooling(self.pooling)
+        if self.rows < 1 or self.columns < 1:
+            raise refusal(
+                "A block has positive sides",
+                where="pattern",
+                got=f"block:{self.rows}x{self.columns}",
+                allowed="sides >= 1",
+                fix="write 'block:32x32'",
+            )
+
+    def check(self, target: Target) -> None:
+        """Needs sides that divide the outputs and the inputs."""
+        _, outputs, _, inputs = _canonical_shape(target)
+        if outputs % self.rows or inputs % self.columns:
+            raise refusal(
+                "The block does not fit",
+                where=target.name,
+                got=f"blocks of {self.rows}x{self.columns} (outputs x inputs) in a weight of "
+                f"{outputs}x{inputs}",
+                allowed="sides that divide both",
+                fix=f"exclude it with exclude=[{target.name!r}], or choose another block",
+            )
+        local = target.local.shape[0]
+        if target.sharded and (target.layout not in ("linear", "conv", "table") or local % self.rows):
+            raise _needs_whole(target, f"block:{self.rows}x{self.columns}")
+
+    def unit_size(self, target: Target) -> int:
+        """The block's area."""
+        return self.rows * self.columns
+
+    def cap(self, target: Target) -> int:
+        """All of them."""
+        return target.size // self.unit_size(target)
+
+    def _blocks(self, view: Tensor) -> Tensor:
+        g, o, k, i = view.shape
+        return view.reshape(g, o // self.rows, self.rows, k, i // self.columns, self.columns)
+
+    def unit_scores(self, target: Target, scores: Tensor) -> Tensor:
+        """Pooled scores."""
+        return _pool(self._blocks(target.canonical(scores)), (2, 5), self.pooling)
+
+    def unit_mask(self, target: Target, mask: Tensor) -> Tensor:
+        """Blocks with any kept weight."""
+        return self._blocks(target.canonical(mask)).any(dim=5).any(dim=2).reshape(-1)
+
+    def expand(self, target: Target, kept: Tensor) -> Tensor:
+        """Every weight of the kept blocks."""
+        g, o, k, i = target.canonical(target.local).shape
+        blocks = kept.view(g, o // self.rows, 1, k, i // self.columns, 1)
+        return _spread(target, blocks.expand(-1, -1, self.rows, -1, -1, self.columns))
+
+    def final_sparsity(self) -> float | None:
+        """Any."""
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Whole outputs: a row of a Linear weight, a filter of a convolution.
+
+    Args:
+        pooling: A row's score: the mean or the maximum of its weights' scores.
+    """
+
+    pooling: Pooling = "mean"
+
+    def __post_init__(self) -> None:
+        """Checks the pooling."""
+        _check_pooling(self.pooling)
+
+    def check(self, target: Target) -> None:
+        """Fits every weight; a split one must be split between rows."""
+        if target.sharded and target.layout in ("transposed", "experts", "experts_transposed"):
+            raise _needs_whole(target, "row")
+
+    def unit_size(self, target: Target) -> int:
+        """Kernel positions times inputs."""
+        _, _, k, i = _canonical_shape(target)
+        return k * i
+
+    def cap(self, target: Target) -> int:
+        """All of them."""
+        g, o, _, _ = _canonical_shape(target)
+        return g * o
+
+    def unit_scores(self, target: Target, scores: Tensor) -> Tensor:
+        """Pooled scores, in the order (G, O)."""
+        return _pool(target.canonical(scores), (2, 3), self.pooling)
+
+    def unit_mask(self, target: Target, mask: Tensor) -> Tensor:
+        """Rows with any kept weight."""
+        return target.canonical(mask).any(dim=3).any(dim=2).reshape(-1)
+
+    def expand(self, target: Target, kept: Tensor) -> Tensor:
+        """Every weight of the kept rows."""
+        shape = target.canonical(target.local).shape
+        return _spread(target, kept.view(*shape[:2], 1, 1).expand(shape))
+
+    def final_sparsity(self) -> float | None:
+        """Any."""
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """Whole inputs: a column of a Linear weight, an input channel of a convolution.
+
+    Args:
+        pooling: A column's score: the mean or the maximum of its weights' scores.
+    """
+
+    pooling: Pooling = "mean"
+
+    def __post_init__(self) -> None:
+        """Checks the pooling."""
+        _check_pooling(self.pooling)
+
+    def check(self, target: Target) -> None:
+        """Fits every weight that is not split over ranks."""
+        if target.sharded:
+            raise _needs_whole(target, "column")
+
+    def unit_size(self, target: Target) -> int:
+        """Outputs times kernel positions."""
+        _, o, k, _ = _canonical_shape(target)
+        return o * k
+
+    def cap(self, target: Target) -> int:
+        """All of them."""
+        g, _, _, i = _canonical_shape(target)
+        return g * i
+
+    def unit_scores(self, target: Target, scores: Tensor) -> Tensor:
+        """Pooled scores, in the order (G, I)."""
+        return _pool(target.canonical(scores), (1, 2), self.pooling)
+
+    def unit_mask(self, target: Target, mask: Tensor) -> Tensor:
+        """Columns with any kept weight."""
+        return target.canonical(mask).any(dim=2).any(dim=1).reshape(-1)
+
+    def expand(self, target: Target, kept: Tensor) -> Tensor:
+        """Every weight of the kept columns."""
+        shape = target.canonical(target.local).shape
+        return _spread(target, kept.view(shape[0], 1, 1, shape[3]).expand(shape))
+
+    def final_sparsity(self) -> float | None:
+        """Any."""
+        return None
+
+
+def _check_pooling(pooling: str) -> None:
+    if pooling not in ("mean", "max"):
+        raise refusal(
+            "A group of weights is scored by one number",
+            where="pooling",
+            got=pooling,
+            allowed="'mean' or 'max'",
+            fix="leave it out for the mean",
+        )
+
+
+def _canonical_shape(target: Target) -> tuple[int, int, int, int]:
+    shape = tuple(target.shape)
+    g, o, k, i = target.canonical(torch.empty(shape, device="meta")).shape
+    return g, o, k, i
+
+
+def _pool(x: Tensor, dims: tuple[int, int], pooling: Pooling) -> Tensor:
+    return (x.mean(dim=dims) if pooling == "mean" else x.amax(dim=dims)).reshape(-1)
+
+
+def _spread(target: Target, canonical: Tensor) -> Tensor:
+    mask = torch.empty(target.local.shape, dtype=torch.bool, device=target.local.device)
+    view = target.canonical(mask)
+    view.copy_(canonical.reshape(view.shape))
+    return mask
+
+
+def _needs_whole(target: Target, pattern: str) -> PruneError:
+    return refusal(
+        f"The pattern {pattern!r} would cross the border between two ranks",
+        where=target.name,
+        got=f"a {target.layout} weight split on its first dimension",
+        allowed="with FSDP2: 'unstructured'; N:M and 'row' on Linear and Conv; blocks that divide "
+        "each rank's rows",
+        fix="choose such a pattern, or train with DDP",
+    )
+
+
+def as_pattern(value: str | Pattern) -> Pattern:
+    """Reads a pattern from its short form.
+
+    Args:
+        value: "unstructured", "N:M" such as "2:4", "block:RxC" such as "block:32x32" (outputs x
+            inputs), "row", "column", or a pattern object.
+
+    Raises:
+        PruneError: If it is none of these.
+
+    Example:
+        >>> as_pattern("2:4")
+        NM(n=2, m=4)
+    """
+    if not isinstance(value, str):
+        if isinstance(value, Pattern):
+            return value
+    elif value in _NAMED:
+        return _NAMED[value]()
+    elif found := re.fullmatch(r"(\d+):(\d+)", value):
+        return NM(n=int(found[1]), m=int(found[2]))
+    elif found := re.fullmatch(r"block:(\d+)x(\d+)", value):
+        return Block(rows=int(found[1]), columns=int(found[2]))
+    raise refusal(
+        "Unknown pattern",
+        where="pattern",
+        got=value,
+        allowed="'unstructured', 'N:M', 'block:RxC', 'row', 'column' or a Pattern object",
+        fix="write e.g. pattern='2:4' or pattern='block:32x32'",
+    )
+
+
+_NAMED: dict[str, type[Unstructured] | type[Row] | type[Column]] = {
+    "unstructured": Unstructured,
+    "row": Row,
+    "column": Column,
+}

@@ -1,0 +1,163 @@
+"""One mask update: scores, then quotas, then masks, tensor by tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from lightning_prune.allocation import Allocation, Pool
+from lightning_prune.criteria.base import Criterion
+from lightning_prune.distributed import Shards
+from lightning_prune.errors import refusal
+from lightning_prune.patterns import Pattern
+from lightning_prune.targets import Target
+from lightning_prune.threshold import Candidates, order_keys, take
+
+__all__ = ["Policy"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """What to prune: which score, which shape, how it spreads, and what a weight costs.
+
+    Attributes:
+        criterion: Which weights matter.
+        pattern: Which shape the zeros take.
+        allocation: How the budget spreads over tensors.
+        min_density: The least density of any tensor, in [0, 1]; one unit always stays.
+        costs: Cost of one weight by parameter name, positive integers; names left out cost 1.
+    """
+
+    criterion: Criterion
+    pattern: Pattern
+    allocation: Allocation
+    min_density: float = 0.0
+    costs: Mapping[str, int] = field(default_factory=dict)
+
+    def with_costs(self, costs: Mapping[str, int]) -> Policy:
+        """The same policy with other costs."""
+        return replace(self, costs=dict(costs))
+
+    def check(self, targets: Sequence[Target], sparsity: float, shards: Shards) -> None:
+        """Refuses what shapes alone show to be impossible.
+
+        Args:
+            targets: The weights.
+            sparsity: The final sparsity.
+            shards: How they are split over ranks.
+
+        Raises:
+            PruneError: If the pattern does not fit a weight or the sparsity, or the budget cannot
+                be met.
+        """
+        for target in targets:
+            self.pattern.check(target)
+        pool = self._pool(targets, {}, 1.0, shards)
+        self.allocation.check(pool, self._budget(targets, sparsity))
+
+    def masks(
+        self,
+        targets: Sequence[Target],
+        masks: Mapping[str, Tensor],
+        *,
+        sparsity: float,
+        final: float,
+        shards: Shards,
+    ) -> Iterator[tuple[Target, Tensor]]:
+        """Chooses new masks.
+
+        Args:
+            targets: The weights.
+            masks: Their present masks, by name.
+            sparsity: The sparsity due now, in [0, 1).
+            final: The sparsity due at the end.
+            shards: How the weights are split over ranks.
+
+        Yields:
+            Each target with its new mask, bool of its local shape. All scores are read before the
+            first one is given out; masks may be applied as they come.
+
+        Raises:
+            PruneError: If a weight holds NaN or infinity.
+        """
+        self._check_finite(targets, shards)
+        pool = self._pool(targets, masks, sparsity / final if final else 0.0, shards)
+        quotas = self.allocation.split(pool, self._budget(targets, sparsity))
+        for i, (target, quota) in enumerate(zip(targets, quotas, strict=True)):
+            kept = take(pool.candidates.keys(i), pool.candidates.pruned(i), quota)
+            yield target, self.pattern.expand(target, kept)
+
+    def _budget(self, targets: Sequence[Target], sparsity: float) -> int:
+        total = sum(t.size * self.costs.get(t.name, 1) for t in targets)
+        units = [self.pattern.unit_size(t) * self.costs.get(t.name, 1) for t in targets if t.size]
+        if all(u == 1 for u in units):
+            return round(sparsity * total)
+        # the largest size that keeps at most (1 - s); rounding takes off the error of the product
+        return math.ceil(round(sparsity * total, 6))
+
+    def _pool(
+        self,
+        targets: Sequence[Target],
+        masks: Mapping[str, Tensor],
+        progress: float,
+        shards: Shards,
+    ) -> Pool:
+        pattern, criterion = self.pattern, self.criterion
+
+        def scores(i: int) -> Tensor:
+            return pattern.unit_scores(targets[i], criterion.score(targets[i]))
+
+        def keys(i: int) -> Tensor:
+            return order_keys(scores(i))
+
+        def sample(i: int, every: int) -> Tensor:
+            return keys(i)[::every]
+
+        def pruned(i: int) -> Tensor:
+            return ~pattern.unit_mask(targets[i], masks[targets[i].name])
+
+        sizes = [max(1, pattern.unit_size(t)) for t in targets]
+        units = [t.size // n for t, n in zip(targets, sizes, strict=True)]
+        least = [max(min(1, n), math.ceil(self.min_density * n - 1e-9)) for n in units]
+        return Pool(
+            names=[t.name for t in targets],
+            shapes=[tuple(t.shape) for t in targets],
+            units=units,
+            caps=[
+                min(pattern.cap(t), n - kept)
+                for t, n, kept in zip(targets, units, least, strict=True)
+            ],
+            progress=progress,
+            scores=scores,
+            candidates=Candidates(
+                keys=keys,
+                sample=sample,
+                pruned=pruned,
+                sizes=[t.local.numel() // n for t, n in zip(targets, sizes, strict=True)],
+                costs=[n * self.costs.get(t.name, 1) for t, n in zip(targets, sizes, strict=True)],
+                sharded=[t.sharded for t in targets],
+                shards=shards,
+            ),
+        )
+
+    def _check_finite(self, targets: Sequence[Target], shards: Shards) -> None:
+        wrong = [0 if torch.isfinite(t.local.sum()) else _count_wrong(t.local) for t in targets]
+        total = shards.sum(torch.tensor(wrong)).tolist()
+        for target, count in zip(targets, total, strict=True):
+            if count:
+                raise refusal(
+                    "A weight is not finite, so it cannot be ranked",
+                    where=target.name,
+                    got=f"{count} entries that are NaN or infinite",
+                    allowed="finite weights at every mask update",
+                    fix="lower the learning rate, clip gradients, or look for the step where the "
+                    "loss left the finite range",
+                )
+
+
+def _count_wrong(weight: Tensor) -> int:
+    return int(torch.count_nonzero(~torch.isfinite(weight)))

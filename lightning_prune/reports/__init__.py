@@ -1,0 +1,29 @@
+"""What is pruned, how much, and how it went: tables, files and figures."""
+
+from __future__ import annotations
+
+from lightning_prune.reports.history import Series as Series
+from lightning_prune.reports.history import read_history as read_history
+from lightning_prune.reports.plan import Plan as Plan
+from lightning_prune.reports.plan import Planned as Planned
+from lightning_prune.reports.plan import plan as plan
+from lightning_prune.reports.plots import plot_layers as plot_layers
+from lightning_prune.reports.plots import plot_training as plot_training
+from lightning_prune.reports.sparsity import LayerSparsity as LayerSparsity
+from lightning_prune.reports.sparsity import SparsityReport as SparsityReport
+from lightning_prune.reports.sparsity import report as report
+from lightning_prune.reports.wording import ExcludedGroup as ExcludedGroup
+
+__all__ = [
+    "ExcludedGroup",
+    "LayerSparsity",
+    "Plan",
+    "Planned",
+    "Series",
+    "SparsityReport",
+    "plan",
+    "plot_layers",
+    "plot_training",
+    "read_history",
+    "report",
+]

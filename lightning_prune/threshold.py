@@ -1,0 +1,270 @@
+"""The k smallest of many tensors, exactly, over ranks too, without concatenating them.
+
+Floats are compared as integers of the same order (`order_keys`). A strided sample brackets the
+cut; one pass counts what lies below the bracket and takes out what lies inside (about 2%), where
+a radix histogram finds the cut. If the sample misled, the histogram runs over everything: the
+answer is the same, only slower. Histograms add over shards, so that ranks agree by construction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_prune.distributed import Shards
+
+__all__ = ["Candidates", "Quota", "order_keys", "smallest", "take"]
+
+_SAMPLE = 1 << 16
+_BINS = 1 << 14
+
+
+def order_keys(scores: Tensor) -> Tensor:
+    """Maps floats to integers that compare alike.
+
+    Args:
+        scores: Any shape; float32 or float64 without NaN, infinities allowed.
+
+    Returns:
+        int32 or int64 of the same shape, with ``a < b`` exactly when the scores compare so;
+        -0.0 and 0.0 get the same key.
+
+    Example:
+        >>> order_keys(torch.tensor([-1.0, -0.0, 0.0, 2.0])).argsort().tolist()
+        [0, 1, 2, 3]
+    """
+    if scores.dtype == torch.float64:
+        bits = (scores + 0.0).view(torch.int64)
+        return bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
+    bits = (scores + 0.0).view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quota:
+    """What is pruned of one tensor.
+
+    Attributes:
+        count: Units pruned, over all ranks.
+        key: Units whose key is lower are pruned.
+        settled: Of this rank's units at the key that are pruned already, the first so many too.
+        fresh: Of this rank's units at the key that are not pruned yet, the first so many too.
+    """
+
+    count: int
+    key: int
+    settled: int
+    fresh: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidates:
+    """Units to choose from: one entry per tensor.
+
+    Attributes:
+        keys: Gives the order keys of tensor i's local units, 1-D; computed anew at every call so
+            that no scores of all tensors are ever held at once.
+        sample: Gives every n-th of these keys, for arguments (i, n).
+        pruned: Gives, for tensor i, which local units are pruned already, 1-D bool.
+        sizes: How many local units each tensor has.
+        costs: What one unit of each tensor costs, as a positive integer.
+        sharded: Whether each tensor is split over the ranks of ``shards``.
+        shards: How counts add over ranks.
+    """
+
+    keys: Callable[[int], Tensor]
+    sample: Callable[[int, int], Tensor]
+    pruned: Callable[[int], Tensor]
+    sizes: Sequence[int]
+    costs: Sequence[int]
+    sharded: Sequence[bool]
+    shards: Shards = field(default_factory=Shards)
+
+    def counted(self, i: int) -> bool:
+        """Whether this rank's count of tensor i enters the sum: whole tensors are counted once."""
+        return self.sharded[i] or self.shards.rank == 0
+
+
+def smallest(units: Candidates, members: Sequence[int], budget: int) -> dict[int, Quota]:
+    """Chooses the units with the smallest keys until their cost reaches a budget.
+
+    Ties at the cut go to units that are pruned already, then by tensor, rank and position, so that
+    the choice is the same on every machine and grows only where the budget does.
+
+    Args:
+        units: The candidates.
+        members: The tensors to choose from, in the order in which ties are broken.
+        budget: The cost to reach, at most that of all members; the total is the smallest that is
+            reached by adding units in order of their keys: with costs of 1 exactly the budget.
+
+    Returns:
+        A quota per member.
+    """
+    if budget <= 0 or not members:
+        return {i: Quota(count=0, key=0, settled=0, fresh=0) for i in members}
+    search = _bracketed(units, members, budget) or _unbracketed(units, members)
+    _narrow(search, units, members, budget)
+    return _settle(search, units, members, budget)
+
+
+def take(keys: Tensor, pruned: Tensor, quota: Quota) -> Tensor:
+    """Which units stay, given a quota.
+
+    Args:
+        keys: Order keys of the local units, shape (U,).
+        pruned: Which of them are pruned already, bool of shape (U,); read only where ties split.
+        quota: What to prune.
+
+    Returns:
+        Bool of shape (U,), True = kept.
+    """
+    if quota.count == 0:
+        return torch.ones_like(keys, dtype=torch.bool)
+    kept = keys >= quota.key
+    if quota.settled or quota.fresh:
+        at = (keys == quota.key).nonzero().squeeze(1)
+        if quota.settled + quota.fresh == len(at):
+            kept[at] = False
+        else:
+            old = pruned[at]
+            kept[at[old][: quota.settled]] = False
+            kept[at[~old][: quota.fresh]] = False
+    return kept
+
+
+@dataclass(slots=True, kw_only=True)
+class _Search:
+    """Where the cut lies: ``lo <= key <= hi``, and the units under ``lo`` cost ``spent``."""
+
+    lo: int
+    hi: int
+    spent: int
+    base: dict[int, int]  # this rank's units under the bracket, per tensor
+    inside: dict[int, Tensor] | None  # the keys in the bracket; None = nothing was taken out
+
+
+def _cost(units: Candidates, counts: dict[int, int]) -> int:
+    mine = sum(n * units.costs[i] for i, n in counts.items() if units.counted(i))
+    return int(units.shards.sum(torch.tensor(mine)).item())
+
+
+def _unbracketed(units: Candidates, members: Sequence[int]) -> _Search:
+    info = torch.iinfo(units.keys(members[0]).dtype)
+    return _Search(lo=int(info.min), hi=int(info.max), spent=0, base={}, inside=None)
+
+
+def _bracketed(units: Candidates, members: Sequence[int], budget: int) -> _Search | None:
+    """Brackets the cut with a sample and takes out the keys inside; None where that misses."""
+    lo, hi = _pivots(units, members, budget)
+    if lo > hi:
+        return None
+    base, upto, inside = {}, {}, {}
+    for i in members:
+        keys = units.keys(i)
+        base[i] = int(torch.count_nonzero(keys < lo))
+        inside[i] = keys[(keys >= lo) & (keys <= hi)]
+        upto[i] = base[i] + len(inside[i])
+    spent = _cost(units, base)
+    if not spent < budget <= _cost(units, upto):
+        return None
+    return _Search(lo=lo, hi=hi, spent=spent, base=base, inside=inside)
+
+
+def _pivots(units: Candidates, members: Sequence[int], budget: int) -> tuple[int, int]:
+    """Two keys between which the cut very likely lies, the same on all ranks."""
+    stride = max(1, sum(units.sizes[i] for i in members) // _SAMPLE)
+    parts = [units.sample(i, stride) for i in members]
+    keys, order = torch.cat(parts).sort()
+    info = torch.iinfo(keys.dtype)
+    whole = _cost(units, {i: units.sizes[i] for i in members})
+    if stride == 1:
+        low, high = int(info.min), int(info.max)
+    else:
+        weights = torch.cat(
+            [torch.full((len(p),), float(units.costs[i]), device=p.device, dtype=torch.float64)
+             for i, p in zip(members, parts, strict=True)]
+        )[order]
+        share = weights.cumsum(0) / weights.sum()
+        middle = budget / whole
+        # four standard deviations of a sampled quantile
+        reach = 4 * (middle * (1 - middle) / len(keys)) ** 0.5 + 4 / len(keys)
+        ends = torch.tensor([middle - reach, middle + reach], device=keys.device).double()
+        first, last = torch.searchsorted(share, ends).clamp(max=len(keys) - 1).tolist()
+        low = int(info.min) if first == 0 else int(keys[first])
+        high = int(info.max) if middle + reach >= 1 else int(keys[last])
+        # a value that very many units share is counted rather than taken out
+        crowd = len(keys) // 64
+        if low < high and first and int(torch.count_nonzero(keys == low)) > crowd:
+            low += 1
+        if low < high and int(torch.count_nonzero(keys == high)) > crowd:
+            high -= 1
+    both = units.shards.stack(torch.tensor([low, high]))
+    return int(both[:, 0].min()), int(both[:, 1].max())
+
+
+def _narrow(search: _Search, units: Candidates, members: Sequence[int], budget: int) -> None:
+    """Halves the bracket in radix steps until one key is left."""
+    while search.lo < search.hi:
+        shift = max(0, (search.hi - search.lo).bit_length() - _BINS.bit_length() + 1)
+        first = search.lo >> shift
+        hist = torch.zeros((search.hi >> shift) - first + 1, dtype=torch.int64)
+        for i in members:
+            if not units.counted(i):
+                continue
+            keys = units.keys(i) if search.inside is None else search.inside[i]
+            for part in keys.split(1 << 20):
+                near = part[(part >= search.lo) & (part <= search.hi)]
+                counts = torch.bincount(((near >> shift) - first).long(), minlength=len(hist))
+                hist += counts.cpu() * units.costs[i]
+        reached = units.shards.sum(hist).cumsum(0)
+        chosen = int(torch.searchsorted(reached, budget - search.spent))
+        search.spent += int(reached[chosen - 1]) if chosen else 0
+        search.lo = max(search.lo, (first + chosen) << shift)
+        search.hi = min(search.hi, ((first + chosen + 1) << shift) - 1)
+
+
+def _settle(
+    search: _Search, units: Candidates, members: Sequence[int], budget: int
+) -> dict[int, Quota]:
+    """Shares the units at the cut out, once the cut is one key."""
+    cut = search.lo
+    below, at, settled = {}, {}, {}
+    for i in members:
+        keys = units.keys(i) if search.inside is None else search.inside[i]
+        below[i] = search.base.get(i, 0) + int(torch.count_nonzero(keys < cut))
+        at[i] = int(torch.count_nonzero(keys == cut))
+    left = budget - search.spent
+    split = _cost(units, at) > left
+    for i in members:
+        # who is pruned already matters only where the ties are not all taken
+        settled[i] = (
+            int(torch.count_nonzero(units.pruned(i) & (units.keys(i) == cut)))
+            if split and at[i]
+            else 0
+        )
+    rows = torch.tensor([[below[i], settled[i], at[i] - settled[i]] for i in members])
+    ranks = units.shards.stack(rows)  # (ranks, members, 3)
+    here = units.shards.rank
+    counts = {}
+    taken: dict[int, list[int]] = {i: [0, 0] for i in members}
+    for place, i in enumerate(members):
+        column = ranks[:, place, 0]
+        counts[i] = int(column.sum() if units.sharded[i] else column[here])
+    for kind in (0, 1):
+        for place, i in enumerate(members):
+            if not units.sharded[i]:
+                parts, mine = [int(ranks[here, place, 1 + kind])], 0
+            else:
+                parts, mine = ranks[:, place, 1 + kind].tolist(), here
+            for rank, available in enumerate(parts):
+                use = min(available, max(0, -(-left // units.costs[i])))
+                left -= use * units.costs[i]
+                counts[i] += use
+                if rank == mine:
+                    taken[i][kind] = use
+    return {
+        i: Quota(count=counts[i], key=cut, settled=taken[i][0], fresh=taken[i][1]) for i in members
+    }
