@@ -6,34 +6,36 @@ What is pruned is decided by the `Policy` and written by `lightning_prune.apply`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_prune.allocation import Allocation, as_allocation
-from lightning_prune.apply import mask_, mask_moments_, masked
+from lightning_prune.allocation import Allocation
+from lightning_prune.apply import mask_, mask_moments_
 from lightning_prune.callbacks import checks
+from lightning_prune.callbacks.averages import (
+    averages_weights,
+    project_checkpoint,
+    swaps_weights,
+)
 from lightning_prune.callbacks.costs import count_with_example
+from lightning_prune.callbacks.settings import Settings
 from lightning_prune.callbacks.state import check_checkpoint, pack_state, unpack_state
 from lightning_prune.callbacks.steps import StepCounter
 from lightning_prune.criteria import Criterion
 from lightning_prune.distributed import Shards, agree, shards_of
-from lightning_prune.errors import NoEffectWarning, refusal
-from lightning_prune.masks import MaskSet, pack
-from lightning_prune.patterns import Pattern, as_pattern
+from lightning_prune.errors import NoEffectWarning, PruneError, refusal
+from lightning_prune.masks import MaskSet, pack, pruned_fraction, zero_fraction
 from lightning_prune.policy import Policy
-from lightning_prune.schedules import Schedule, Timeline, as_schedule, check_window, timeline
-from lightning_prune.targets import Selection, Target, canonical_name, select
+from lightning_prune.targets import Selection, Target, select
+from lightning_prune.timeline import Timeline
 from lightning_prune.usage import UseCounter, relative_costs
 
-__all__ = ["Budget", "MaskCallback"]
-
-Budget = Literal["parameters", "macs", "bytes"]
+__all__ = ["MaskCallback"]
 
 
 class MaskCallback(L.Callback):
@@ -49,45 +51,15 @@ class MaskCallback(L.Callback):
     covers = "weight"
     hard_from = "the update that prunes it"
 
-    def __init__(
-        self,
-        *,
-        sparsity: float,
-        criterion: Criterion,
-        schedule: str | Schedule | Callable[[float], float],
-        start: int | float,
-        end: int | float,
-        every: int | None,
-        targets: str | list[str] | None,
-        exclude: str | list[str] | None,
-        pattern: str | Pattern,
-        allocation: str | Mapping[str, float] | Allocation,
-        min_density: float,
-        budget: Budget,
-        initial_sparsity: float | Literal["from_model"],
-        total_steps: int | None,
-    ) -> None:
+    def __init__(self, settings: Settings, criterion: Criterion, allocation: Allocation) -> None:
         super().__init__()
-        name = type(self).__name__
-        checks.check_fraction(sparsity, f"{name}(sparsity=...)")
-        if initial_sparsity != "from_model":
-            checks.check_initial(initial_sparsity, sparsity, name)
-        checks.check_options(min_density, budget, total_steps, name)
-        self.sparsity = float(sparsity)
-        self.schedule = as_schedule(schedule)
-        check_window(self.schedule, start, end, every)
-        self.start, self.end, self.every = start, end, every
-        self.targets, self.exclude = targets, exclude
-        self.budget = budget
-        self.initial_sparsity = initial_sparsity
-        self.total_steps = total_steps
+        self.settings = settings
         self.policy = Policy(
             criterion=criterion,
-            pattern=as_pattern(pattern),
-            allocation=as_allocation(allocation),
-            min_density=float(min_density),
+            pattern=settings.pattern,
+            allocation=allocation,
+            min_density=settings.min_density,
         )
-        checks.check_pattern_sparsity(self.policy.pattern, self.sparsity, name)
 
         self._targets: tuple[Target, ...] = ()
         self._masks: MaskSet | None = None
@@ -106,30 +78,23 @@ class MaskCallback(L.Callback):
         """The class's name."""
         return type(self).__name__
 
+    @property
+    def sparsity(self) -> float:
+        """The sparsity asked for."""
+        return self.settings.sparsity
+
     def selection(self, model: torch.nn.Module) -> Selection:
         """What this callback would prune in a model, and what not and why."""
-        return select(model, self.targets, self.exclude)
+        return select(model, self.settings.targets, self.settings.exclude)
 
     def timeline(
         self, selection: Selection, total_steps: int | None, *, squeeze: bool = False
     ) -> Timeline:
         """The schedule on a run of so many optimizer steps; None for an unknown number."""
-        initial = self.initial_sparsity
+        initial = self.settings.initial_sparsity
         if initial == "from_model":
-            initial = _zero_fraction(selection.targets, self._shards)
-            checks.check_initial(initial, self.sparsity, self.name)
-        if self.sparsity == 0 and initial == 0:
-            return Timeline(updates=(), values=(), initial=0.0)
-        return timeline(
-            self.schedule,
-            initial=float(initial),
-            final=self.sparsity,
-            start=self.start,
-            end=self.end,
-            every=self.every,
-            total=total_steps,
-            squeeze=squeeze,
-        )
+            initial = zero_fraction(selection.targets, self._shards)
+        return self.settings.lay_out(initial, total_steps, squeeze)
 
     # What users read ----------------------------------------------------------------------------
 
@@ -146,7 +111,9 @@ class MaskCallback(L.Callback):
     @property
     def state_key(self) -> str:
         """Tells two callbacks of one class in one Trainer apart."""
-        return self._generate_state_key(targets=self.targets, exclude=self.exclude)
+        return self._generate_state_key(
+            targets=self.settings.targets, exclude=self.settings.exclude
+        )
 
     # Set-up -------------------------------------------------------------------------------------
 
@@ -169,18 +136,21 @@ class MaskCallback(L.Callback):
         if self._masks is not None:
             checks.check_same_weights(self._masks, targets, self.name)
         else:
-            self._masks = MaskSet({t.name: torch.ones_like(t.local, dtype=torch.bool) for t in targets})
+            self._masks = MaskSet(
+                {t.name: torch.ones_like(t.local, dtype=torch.bool) for t in targets}
+            )
         self._targets = targets
-        self._place_masks()
-        if self.budget == "bytes":
+        for target in targets:
+            self._masks[target.name] = self._masks[target.name].to(target.local.device)
+        if self.settings.budget == "bytes":
             self._set_costs({t.name: t.parameter.element_size() for t in targets})
-        elif self.budget == "macs" and not self.policy.costs:
+        elif self.settings.budget == "macs" and not self.policy.costs:
             self._set_costs(count_with_example(pl_module, targets) or {})
         self.policy.check(targets, self.sparsity, self._shards)
         self._counter.attach(trainer.optimizers, targets, self._after_step)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Restores a resumed state and lays the schedule onto the run, whose length is known now."""
+        """Restores a resumed state, and lays the schedule onto the run, whose length is known."""
         masks = self._ready()
         total = self._run_length(trainer)
         squeeze = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
@@ -197,28 +167,25 @@ class MaskCallback(L.Callback):
                     category=NoEffectWarning,
                 )
         if previous is None:
-            previous = self.timeline(Selection(targets=self._targets, excluded=()), total, squeeze=squeeze)
-            if self.initial_sparsity == "from_model":
+            previous = self.timeline(
+                Selection(targets=self._targets, excluded=()), total, squeeze=squeeze
+            )
+            if self.settings.initial_sparsity == "from_model":
                 for target in self._targets:
                     masks[target.name] = target.local != 0
         self._timeline = previous
         left = None if total is None else total - trainer.global_step
         checks.check_enough_steps(previous, self.step, left, self.name)
-        if self.budget == "macs" and not self.policy.costs:
+        if self.settings.budget == "macs" and not self.policy.costs:
             checks.check_macs_known(previous, self.step, self.name)
             self._uses = UseCounter(self._targets)
             self._uses.__enter__()
         self._project()
-        self._count_actual()
-
-    def _place_masks(self) -> None:
-        masks = self._ready()
-        for target in self._targets:
-            masks[target.name] = masks[target.name].to(target.local.device)
+        self._actual = pruned_fraction(masks, self._targets, self._shards)
 
     def _run_length(self, trainer: L.Trainer) -> int | None:
-        if self.total_steps is not None:
-            return self.total_steps
+        if self.settings.total_steps is not None:
+            return self.settings.total_steps
         if not trainer.lightning_module.automatic_optimization:
             return None
         estimate = trainer.estimated_stepping_batches
@@ -233,7 +200,7 @@ class MaskCallback(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Makes up an update that a checkpoint came between, and the one at step 0."""
-        if _averages(trainer, StochasticWeightAveraging):
+        if swaps_weights(trainer):
             self._project()
         self._update_if_due()
 
@@ -244,7 +211,7 @@ class MaskCallback(L.Callback):
         optimizer: torch.optim.Optimizer,
     ) -> None:
         """Keeps pruned entries out of the norm that clipping sees."""
-        if not trainer.gradient_clip_val:  # type: ignore[attr-defined]
+        if not trainer.gradient_clip_val:
             return
         masks = self._ready()
         for target in self._counter.owned(optimizer):
@@ -273,10 +240,12 @@ class MaskCallback(L.Callback):
             self._uses = None
             self.policy.check(self._targets, self.sparsity, self._shards)
         self._update_if_due()
-        if not trainer.barebones:  # type: ignore[attr-defined]
+        if not trainer.barebones:
             due = self._resolved().value(self.step)
-            self.log("sparsity/target", due, prog_bar=True, on_step=True, on_epoch=False)
-            self.log("sparsity/actual", self._actual, prog_bar=True, on_step=True, on_epoch=False)
+            for name, value in (("target", due), ("actual", self._actual)):
+                pl_module.log(
+                    f"sparsity/{name}", value, prog_bar=True, on_step=True, on_epoch=False
+                )
 
     def _update_if_due(self) -> None:
         step, schedule = self.step, self._resolved()
@@ -293,7 +262,7 @@ class MaskCallback(L.Callback):
             masks[target.name] = mask
             self._write(target)
         agree(((n, pack(m)) for n, m in masks.items()), shards=self._shards)
-        self._count_actual()
+        self._actual = pruned_fraction(masks, self._targets, self._shards)
 
     def _write(self, target: Target) -> None:
         masks = self._ready()
@@ -304,16 +273,6 @@ class MaskCallback(L.Callback):
         if optimizer is not None:
             mask_moments_(optimizer, target.parameter, masks[target.name])
 
-    def _count_actual(self) -> None:
-        masks = self._ready()
-        pruned = sum(
-            masks[t.name].numel() - masks.kept(t.name)
-            for t in self._targets
-            if t.sharded or self._shards.rank == 0
-        )
-        total = sum(t.size for t in self._targets)
-        self._actual = int(self._shards.sum(torch.tensor(pruned))) / max(1, total)
-
     # Averages, checkpoints, the end -------------------------------------------------------------
 
     def _project(self) -> None:
@@ -321,30 +280,17 @@ class MaskCallback(L.Callback):
             if not self._ready().full(target.name):
                 mask_(target.parameter, self._ready()[target.name])
 
-    def on_validation_epoch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule
-    ) -> None:
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Projects averaged weights that were swapped in."""
-        if self._masks is not None and _averages(trainer, WeightAveraging):
+        if self._masks is not None and averages_weights(trainer):
             self._project()
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Projects averaged weights in the checkpoint, without touching the live ones."""
-        if self._masks is None or not _averages(
-            trainer, WeightAveraging, StochasticWeightAveraging
-        ):
-            return
-        by_name = {n: self._masks[t.name] for t in self._targets for n in (t.name, *t.aliases)}
-        for key in ("state_dict", "current_model_state"):
-            if key in checkpoint:
-                checkpoint[key] = {
-                    name: masked(value, by_name[canonical_name(name)])
-                    if canonical_name(name) in by_name
-                    else value
-                    for name, value in checkpoint[key].items()
-                }
+        if self._masks is not None and averages_weights(trainer):
+            project_checkpoint(checkpoint, self._masks, self._targets)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Projects the final weights; says so when training ended before the schedule did."""
@@ -380,19 +326,15 @@ class MaskCallback(L.Callback):
 
     # State --------------------------------------------------------------------------------------
 
-    def _settings(self) -> dict[str, str]:
-        fields = ("schedule", "start", "end", "every", "total_steps", "initial_sparsity")
-        return {field: repr(getattr(self, field)) for field in fields}
-
     def state_dict(self) -> dict[str, Any]:
-        """Masks (one bit a weight), counters and the resolved schedule; a collective under FSDP2."""
+        """Masks at one bit a weight, counters, the schedule; under FSDP2 a collective."""
         if self._masks is None or self._timeline is None:
             return self._stash or {}
         return pack_state(
             owner=self.name,
             sparsity=self.sparsity,
             pattern=repr(self.policy.pattern),
-            settings=self._settings(),
+            settings=self.settings.moments(),
             counts=self._counter.counts,
             updated=self._updated,
             schedule=self._timeline,
@@ -423,45 +365,30 @@ class MaskCallback(L.Callback):
         )
         self._counter.start_at(restored.counts)
         self._updated = restored.updated
-        if self.budget == "macs":
+        if self.settings.budget == "macs":
             self._set_costs(restored.costs)
-        return restored.schedule if restored.settings == self._settings() else None
+        return restored.schedule if restored.settings == self.settings.moments() else None
 
     def _ready(self) -> MaskSet:
         if self._masks is None:
-            raise refusal(
-                "The callback has not met a model yet",
-                where=self.name,
-                got="no masks",
-                allowed="hooks called by a Trainer, on_fit_start first",
-                fix="pass the callback to L.Trainer(callbacks=[...]) and call fit",
-            )
+            raise _too_early(self.name, "on_fit_start")
         return self._masks
 
     def _resolved(self) -> Timeline:
         if self._timeline is None:
-            raise refusal(
-                "The schedule has not been laid onto a run yet",
-                where=self.name,
-                got="no number of steps",
-                allowed="hooks called by a Trainer, on_train_start first",
-                fix="pass the callback to L.Trainer(callbacks=[...]) and call fit",
-            )
+            raise _too_early(self.name, "on_train_start")
         return self._timeline
+
+
+def _too_early(callback: str, hook: str) -> PruneError:
+    return refusal(
+        "A hook was called before those that prepare it",
+        where=callback,
+        got=f"no call of {hook} yet",
+        allowed="hooks in the order of a Trainer's fit",
+        fix="pass the callback to L.Trainer(callbacks=[...]) and call fit",
+    )
 
 
 def _identities(targets: tuple[Target, ...]) -> dict[int, str]:
     return {id(t.parameter): t.name for t in targets}
-
-
-def _averages(trainer: L.Trainer, *kinds: type[L.Callback]) -> bool:
-    return any(isinstance(c, kinds) for c in trainer.callbacks)  # type: ignore[attr-defined]
-
-
-def _zero_fraction(targets: tuple[Target, ...], shards: Shards) -> float:
-    zeros = sum(
-        t.local.numel() - int(torch.count_nonzero(t.local))
-        for t in targets
-        if t.sharded or shards.rank == 0
-    )
-    return int(shards.sum(torch.tensor(zeros))) / max(1, sum(t.size for t in targets))

@@ -10,8 +10,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning_prune.errors import refusal
 from lightning_prune.masks import MaskSet
 from lightning_prune.patterns import Pattern
-from lightning_prune.schedules import Timeline
 from lightning_prune.targets import Target
+from lightning_prune.timeline import Timeline
 
 __all__ = [
     "check_callback_order",
@@ -20,7 +20,6 @@ __all__ = [
     "check_initial",
     "check_macs_known",
     "check_optimizers",
-    "check_options",
     "check_owner",
     "check_pattern_sparsity",
     "check_same_weights",
@@ -72,13 +71,14 @@ def check_callback_order(trainer: L.Trainer, callback: L.Callback) -> None:
     callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
     for other in callbacks[callbacks.index(callback) + 1 :]:
         if isinstance(other, WeightAveraging | StochasticWeightAveraging):
+            first, second = type(other).__name__, type(callback).__name__
             raise refusal(
                 "An averaging callback stands after the pruning callback, so averages would "
                 "overwrite its zeros",
                 where="Trainer(callbacks=[...])",
-                got=f"{type(callback).__name__} before {type(other).__name__}",
+                got=f"{second} before {first}",
                 allowed="averaging callbacks first",
-                fix=f"write callbacks=[{type(other).__name__}(...), {type(callback).__name__}(...)]",
+                fix=f"write callbacks=[{first}(...), {second}(...)]",
             )
 
 
@@ -127,38 +127,6 @@ def check_initial(initial: float, final: float, callback: str) -> None:
             got=f"initial sparsity {initial:.6g}, sparsity {final:.6g}",
             allowed="an initial sparsity of at most the final one",
             fix=f"ask for a sparsity of at least {initial:.6g}",
-        )
-
-
-def check_options(
-    min_density: float, budget: str, total_steps: int | None, callback: str
-) -> None:
-    """Refuses a least density, a budget or a number of steps that is out of range."""
-    if isinstance(min_density, bool) or not 0 <= min_density <= 1:
-        raise refusal(
-            "A least density is a fraction",
-            where=f"{callback}(min_density=...)",
-            got=min_density,
-            allowed="a number in [0, 1]",
-            fix="write min_density=0.05 to keep at least 5% of every tensor",
-        )
-    if budget not in ("parameters", "macs", "bytes"):
-        raise refusal(
-            "Unknown budget",
-            where=f"{callback}(budget=...)",
-            got=budget,
-            allowed="'parameters', 'macs' or 'bytes'",
-            fix="leave it out for parameters",
-        )
-    if total_steps is not None and (
-        isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1
-    ):
-        raise refusal(
-            "A run has a whole number of optimizer steps",
-            where=f"{callback}(total_steps=...)",
-            got=total_steps,
-            allowed="an integer >= 1, or None to ask the Trainer",
-            fix="leave it out under automatic optimization",
         )
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from lightning_prune.allocation import Allocation
-from lightning_prune.callbacks.base import Budget, MaskCallback
+from lightning_prune.allocation import Allocation, as_allocation
+from lightning_prune.callbacks.base import MaskCallback
+from lightning_prune.callbacks.settings import Budget, Settings
 from lightning_prune.criteria import Criterion, Magnitude, Random
 from lightning_prune.errors import refusal
-from lightning_prune.patterns import Pattern
-from lightning_prune.schedules import Schedule
+from lightning_prune.patterns import Pattern, as_pattern
+from lightning_prune.schedules import Schedule, as_schedule
 
 __all__ = ["GradualMagnitudePruning"]
 
@@ -74,22 +75,22 @@ class GradualMagnitudePruning(MaskCallback):
         criterion: str | Criterion = "magnitude",
         total_steps: int | None = None,
     ) -> None:
-        super().__init__(
+        settings = Settings(
+            callback=type(self).__name__,
             sparsity=sparsity,
-            criterion=_as_criterion(criterion),
-            schedule=schedule,
+            schedule=as_schedule(schedule),
             start=start,
             end=end,
             every=every,
             targets=targets,
             exclude=exclude,
-            pattern=pattern,
-            allocation=allocation,
+            pattern=as_pattern(pattern),
             min_density=min_density,
             budget=budget,
             initial_sparsity=initial_sparsity,
             total_steps=total_steps,
         )
+        super().__init__(settings, _as_criterion(criterion), as_allocation(allocation))
 
 
 def _as_criterion(value: str | Criterion) -> Criterion:

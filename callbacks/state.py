@@ -9,8 +9,8 @@ from typing import Any
 from lightning_prune.distributed import gather_whole, local_part
 from lightning_prune.errors import refusal
 from lightning_prune.masks import MaskSet
-from lightning_prune.schedules import Timeline
 from lightning_prune.targets import Target
+from lightning_prune.timeline import Timeline
 
 __all__ = ["Restored", "check_checkpoint", "pack_state", "unpack_state"]
 

@@ -59,9 +59,7 @@ class StepCounter:
 
             return stepped
 
-        self._handles = [
-            o.register_step_post_hook(hook(i)) for i, o in enumerate(self._optimizers)
-        ]
+        self._handles = [o.register_step_post_hook(hook(i)) for i, o in enumerate(self._optimizers)]
 
     def detach(self) -> None:
         """Removes the hooks; counts stay."""

@@ -1,5 +1,26 @@
-"""Make networks sparse while they train: a PyTorch Lightning plugin."""
+"""Make networks sparse while they train: a PyTorch Lightning plugin.
+
+The callbacks are in `lightning_prune.callbacks`, ready modules and data in `lightning_prune.tasks`.
+"""
 
 from lightning_prune._version import __version__ as __version__
+from lightning_prune.errors import NoEffectWarning as NoEffectWarning
+from lightning_prune.errors import PruneError as PruneError
+from lightning_prune.export import from_pretrained as from_pretrained
+from lightning_prune.export import save_pretrained as save_pretrained
+from lightning_prune.reports import Plan as Plan
+from lightning_prune.reports import SparsityReport as SparsityReport
+from lightning_prune.reports import plan as plan
+from lightning_prune.reports import report as report
 
-__all__ = ["__version__"]
+__all__ = [
+    "NoEffectWarning",
+    "Plan",
+    "PruneError",
+    "SparsityReport",
+    "__version__",
+    "from_pretrained",
+    "plan",
+    "report",
+    "save_pretrained",
+]

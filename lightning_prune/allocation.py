@@ -8,7 +8,7 @@ a tensor, and share out what such a bound leaves over.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Protocol, runtime_checkable
@@ -16,8 +16,16 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from lightning_prune.apportionment import (
+    Pool,
+    bounds,
+    check_reachable,
+    compete,
+    cost,
+    share_out,
+)
 from lightning_prune.errors import refusal
-from lightning_prune.threshold import Candidates, Quota, order_keys, smallest
+from lightning_prune.threshold import Quota, order_keys, smallest
 
 __all__ = [
     "ERK",
@@ -25,39 +33,10 @@ __all__ = [
     "Allocation",
     "Global",
     "PerGlob",
-    "Pool",
     "Uniform",
     "as_allocation",
     "lamp_scores",
 ]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pool:
-    """What an allocation may know, one entry per tensor.
-
-    Attributes:
-        names: Parameter names.
-        shapes: Shapes of the whole tensors.
-        units: Number of units of the whole tensors.
-        caps: The most units that may be pruned.
-        progress: The share of the final sparsity that is due, in [0, 1].
-        scores: Gives tensor i's local unit scores, 1-D; infinite where a unit must stay.
-        candidates: The same scores as order keys, with costs and shards.
-    """
-
-    names: Sequence[str]
-    shapes: Sequence[tuple[int, ...]]
-    units: Sequence[int]
-    caps: Sequence[int]
-    progress: float
-    scores: Callable[[int], Tensor]
-    candidates: Candidates
-
-    @property
-    def costs(self) -> Sequence[int]:
-        """The cost of one unit of each tensor."""
-        return self.candidates.costs
 
 
 @runtime_checkable
@@ -92,109 +71,6 @@ def _check_densities(least: float, most: float) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Bounds:
-    """The fewest and the most units that may be pruned of each tensor."""
-
-    least: list[int]
-    most: list[int]
-
-
-def _bounds(pool: Pool, min_density: float, max_density: float) -> _Bounds:
-    most = [
-        min(cap, n - math.ceil(min_density * n - 1e-9))
-        for cap, n in zip(pool.caps, pool.units, strict=True)
-    ]
-    least = [
-        min(math.floor((1 - max_density) * pool.progress * n + 1e-9), m)
-        for m, n in zip(most, pool.units, strict=True)
-    ]
-    return _Bounds(least, most)
-
-
-def _cost(pool: Pool, counts: Sequence[float]) -> float:
-    return math.fsum(k * c for k, c in zip(counts, pool.costs, strict=True))
-
-
-def _check_reachable(pool: Pool, budget: int, bounds: _Bounds) -> None:
-    least, most = _cost(pool, bounds.least), _cost(pool, bounds.most)
-    if least <= budget <= most:
-        return
-    whole = _cost(pool, pool.units)
-    word, bound = ("at most", most) if budget > most else ("at least", least)
-    tightest = min(range(len(pool.units)), key=lambda i: bounds.most[i] / max(1, pool.units[i]))
-    raise refusal(
-        "The budget cannot be met",
-        where="sparsity, allocation and min_density"
-        + (f"; tightest at {pool.names[tightest]}" if budget > most else ""),
-        got=f"{budget / whole:.6f} of the selected weights' cost to prune",
-        allowed=f"{word} {bound / whole:.6f}: what patterns, min_density and max_density allow",
-        fix="change sparsity, relax min_density or max_density, or select more weights",
-    )
-
-
-def _compete(pool: Pool, units: Candidates, budget: int, bounds: _Bounds) -> list[Quota]:
-    """The lowest scores of all tensors; those that break a bound are held at it, worst first."""
-    quotas: dict[int, Quota] = {}
-    free, left = list(range(len(pool.units))), budget
-    while free:
-        trial = smallest(units, free, left)
-        over = [i for i in free if trial[i].count > bounds.most[i]]
-        under = [i for i in free if trial[i].count < bounds.least[i]]
-        too_much = sum((trial[i].count - bounds.most[i]) * pool.costs[i] for i in over)
-        too_little = sum((bounds.least[i] - trial[i].count) * pool.costs[i] for i in under)
-        if not over and not under:
-            quotas.update(trial)
-            break
-        held, at = (over, bounds.most) if too_much >= too_little else (under, bounds.least)
-        for i in held:
-            quotas.update(smallest(units, [i], at[i] * pool.costs[i]))
-            left -= at[i] * pool.costs[i]
-        free = [i for i in free if i not in held]
-    return _give_back([quotas[i] for i in range(len(pool.units))], pool, units, budget, bounds)
-
-
-def _give_back(
-    quotas: list[Quota], pool: Pool, units: Candidates, budget: int, bounds: _Bounds
-) -> list[Quota]:
-    """Keeps units after all that the budget does not need, where the costs of units differ."""
-    over = sum(q.count * c for q, c in zip(quotas, pool.costs, strict=True)) - budget
-    for i in sorted(range(len(quotas)), key=lambda i: -pool.costs[i]):
-        back = min(over // pool.costs[i], quotas[i].count - bounds.least[i]) if over > 0 else 0
-        if back > 0:
-            quotas[i] = smallest(units, [i], (quotas[i].count - back) * pool.costs[i])[i]
-            over -= back * pool.costs[i]
-    return quotas
-
-
-def _share_out(
-    pool: Pool, budget: int, bounds: _Bounds, shares: Callable[[float], Sequence[float]]
-) -> list[Quota]:
-    """Whole units from pruned shares that grow with one level in [0, 1]; total exact."""
-
-    def ideal(level: float) -> list[float]:
-        rows = zip(pool.units, shares(level), bounds.least, bounds.most, strict=True)
-        return [min(max(n * share, least), most) for n, share, least, most in rows]
-
-    low, high = 0.0, 1.0
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _cost(pool, ideal(middle)) < budget else (low, middle)
-    exact = ideal(high)
-    counts = [math.floor(k + 1e-6) for k in exact]
-    left = budget - sum(k * c for k, c in zip(counts, pool.costs, strict=True))
-    order = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])  # largest remainder first
-    while left > 0:
-        for i in order:
-            if left > 0 and counts[i] < bounds.most[i]:
-                counts[i] += 1
-                left -= pool.costs[i]
-    quotas = [
-        smallest(pool.candidates, [i], n * pool.costs[i])[i] for i, n in enumerate(counts)
-    ]
-    return _give_back(quotas, pool, pool.candidates, budget, bounds)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Global:
     """The lowest scores of all tensors together, wherever they lie.
@@ -216,12 +92,12 @@ class Global:
 
     def check(self, pool: Pool, budget: int) -> None:
         """Refuses a budget outside the bounds."""
-        _check_reachable(pool, budget, _bounds(pool, self.min_density, self.max_density))
+        check_reachable(pool, budget, bounds(pool, self.min_density, self.max_density))
 
     def split(self, pool: Pool, budget: int) -> list[Quota]:
         """One cut through the scores of all tensors."""
-        bounds = _bounds(pool, self.min_density, self.max_density)
-        return _compete(pool, pool.candidates, budget, bounds)
+        limits = bounds(pool, self.min_density, self.max_density)
+        return compete(pool, pool.candidates, budget, limits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,12 +120,12 @@ class Uniform:
 
     def check(self, pool: Pool, budget: int) -> None:
         """Refuses a budget outside the bounds."""
-        _check_reachable(pool, budget, _bounds(pool, self.min_density, self.max_density))
+        check_reachable(pool, budget, bounds(pool, self.min_density, self.max_density))
 
     def split(self, pool: Pool, budget: int) -> list[Quota]:
         """The same share of each tensor."""
-        bounds = _bounds(pool, self.min_density, self.max_density)
-        return _share_out(pool, budget, bounds, lambda level: [level] * len(pool.units))
+        limits = bounds(pool, self.min_density, self.max_density)
+        return share_out(pool, budget, limits, lambda level: [level] * len(pool.units))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,7 +161,7 @@ class ERK:
 
     def check(self, pool: Pool, budget: int) -> None:
         """Refuses a budget outside the bounds."""
-        _check_reachable(pool, budget, _bounds(pool, self.min_density, self.max_density))
+        check_reachable(pool, budget, bounds(pool, self.min_density, self.max_density))
 
     def split(self, pool: Pool, budget: int) -> list[Quota]:
         """Shares from shapes alone."""
@@ -295,8 +171,8 @@ class ERK:
         def shares(level: float) -> list[float]:
             return [max(0.0, 1 - (1 - level) * largest * r) for r in raw]
 
-        bounds = _bounds(pool, self.min_density, self.max_density)
-        return _share_out(pool, budget, bounds, shares)
+        limits = bounds(pool, self.min_density, self.max_density)
+        return share_out(pool, budget, limits, shares)
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,10 +215,10 @@ class PerGlob:
                     allowed="a pattern over names such as " + ", ".join(map(repr, pool.names[:3])),
                     fix="correct it or take it out; * crosses dots",
                 )
-        own, whole = self._own(pool), _cost(pool, pool.units)
-        fixed = _cost(pool, [(s or 0.0) * n for s, n in zip(own, pool.units, strict=True)])
+        own, whole = self._own(pool), cost(pool, pool.units)
+        fixed = cost(pool, [(s or 0.0) * n for s, n in zip(own, pool.units, strict=True)])
         free = [cap if s is None else 0 for s, cap in zip(own, pool.caps, strict=True)]
-        rest = _cost(pool, free)
+        rest = cost(pool, free)
         slack = len(pool.units) + 1e-3 * whole
         if not fixed - slack <= budget <= fixed + rest + slack:
             raise refusal(
@@ -353,7 +229,7 @@ class PerGlob:
                 allowed=f"a sparsity in [{fixed / whole:.6f}, {(fixed + rest) / whole:.6f}]",
                 fix=f"write sparsity={fixed / whole:.6f}, or change the sparsities by glob",
             )
-        _check_reachable(pool, budget, _bounds(pool, 0.0, 1.0))
+        check_reachable(pool, budget, bounds(pool, 0.0, 1.0))
 
     def split(self, pool: Pool, budget: int) -> list[Quota]:
         """Fixed shares for the matched, one common share for the rest."""
@@ -365,7 +241,7 @@ class PerGlob:
                 return [min(1.0, 2 * level * (s or 0.0) * pool.progress) for s in own]
             return [level if s is None else s * pool.progress for s in own]
 
-        return _share_out(pool, budget, _bounds(pool, 0.0, 1.0), shares)
+        return share_out(pool, budget, bounds(pool, 0.0, 1.0), shares)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -396,14 +272,14 @@ class LAMP:
                 allowed="'global', 'uniform', 'erk' or a sparsity per glob",
                 fix="choose one of these, or train with DDP",
             )
-        _check_reachable(pool, budget, _bounds(pool, self.min_density, self.max_density))
+        check_reachable(pool, budget, bounds(pool, self.min_density, self.max_density))
 
     def split(self, pool: Pool, budget: int) -> list[Quota]:
         """Amounts from LAMP scores, then the lowest scores within each tensor."""
         keys = [order_keys(lamp_scores(pool.scores(i))) for i in range(len(pool.units))]
         units = replace(pool.candidates, keys=keys.__getitem__, sample=lambda i, n: keys[i][::n])
-        bounds = _bounds(pool, self.min_density, self.max_density)
-        amounts = _compete(pool, units, budget, bounds)
+        limits = bounds(pool, self.min_density, self.max_density)
+        amounts = compete(pool, units, budget, limits)
         return [
             smallest(pool.candidates, [i], q.count * pool.costs[i])[i]
             for i, q in enumerate(amounts)

@@ -27,8 +27,15 @@ def refusal(what: str, *, where: str, got: object, allowed: str, fix: str) -> Pr
         The error, for the caller to raise.
 
     Example:
-        >>> print(refusal("Sparsity is a fraction", where="GradualMagnitudePruning(sparsity=...)",
-        ...               got=90, allowed="a number in [0, 1)", fix="write sparsity=0.9"))
+        >>> print(
+        ...     refusal(
+        ...         "Sparsity is a fraction",
+        ...         where="GradualMagnitudePruning(sparsity=...)",
+        ...         got=90,
+        ...         allowed="a number in [0, 1)",
+        ...         fix="write sparsity=0.9",
+        ...     )
+        ... )
         Sparsity is a fraction.
           where:   GradualMagnitudePruning(sparsity=...)
           got:     90

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_prune.distributed import Shards
 from lightning_prune.errors import refusal
+from lightning_prune.targets import Target
 
-__all__ = ["MaskSet", "pack", "unpack"]
+__all__ = ["MaskSet", "pack", "pruned_fraction", "unpack", "zero_fraction"]
 
 
 def pack(mask: Tensor) -> Tensor:
@@ -145,3 +147,21 @@ class MaskSet(Mapping[str, Tensor]):
                     fix="use the model that the checkpoint was written with",
                 )
             self[name] = unpack(state[name]["bits"].to(mask.device), shape)
+
+
+def pruned_fraction(masks: MaskSet, targets: Sequence[Target], shards: Shards) -> float:
+    """The fraction of the selected weights that masks prune, in [0, 1], over all ranks."""
+    return _fraction(
+        {t.name: masks[t.name].numel() - masks.kept(t.name) for t in targets}, targets, shards
+    )
+
+
+def zero_fraction(targets: Sequence[Target], shards: Shards) -> float:
+    """The fraction of the selected weights that is exactly zero, in [0, 1], over all ranks."""
+    zeros = {t.name: t.local.numel() - int(torch.count_nonzero(t.local)) for t in targets}
+    return _fraction(zeros, targets, shards)
+
+
+def _fraction(counts: Mapping[str, int], targets: Sequence[Target], shards: Shards) -> float:
+    mine = sum(counts[t.name] for t in targets if t.sharded or shards.rank == 0)
+    return int(shards.sum(torch.tensor(mine))) / max(1, sum(t.size for t in targets))

@@ -6,7 +6,9 @@ numbered in the order of their smallest indices; in the order of storage for `Un
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -159,9 +161,58 @@ class NM:
         return 1 - self.n / self.m
 
 
+class _Groups:
+    """Whole groups of a outputs, c kernel positions and b inputs; subclasses say how many."""
+
+    __slots__ = ()
+    pooling: Pooling
+
+    def sides(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """Outputs, kernel positions and inputs in a group, for a weight of shape (G, O, K, I)."""
+        raise NotImplementedError
+
+    def _grouped(self, target: Target, x: Tensor) -> Tensor:
+        view = target.canonical(x)
+        a, c, b = self.sides(_canonical_shape(target))
+        g, o, k, i = view.shape
+        return view.reshape(g, o // a, a, k // c, c, i // b, b)
+
+    def unit_size(self, target: Target) -> int:
+        """The product of the sides."""
+        return math.prod(self.sides(_canonical_shape(target)))
+
+    def cap(self, target: Target) -> int:
+        """All of them."""
+        return target.size // max(1, self.unit_size(target))
+
+    def unit_scores(self, target: Target, scores: Tensor) -> Tensor:
+        """Pooled scores."""
+        groups = self._grouped(target, scores)
+        pooled = groups.mean((2, 4, 6)) if self.pooling == "mean" else groups.amax((2, 4, 6))
+        return pooled.reshape(-1)
+
+    def unit_mask(self, target: Target, mask: Tensor) -> Tensor:
+        """Groups with any kept weight."""
+        return self._grouped(target, mask.view(torch.uint8)).amax((2, 4, 6)).bool().reshape(-1)
+
+    def expand(self, target: Target, kept: Tensor) -> Tensor:
+        """Every weight of the kept groups."""
+        mask = torch.empty(target.local.shape, dtype=torch.bool, device=kept.device)
+        view = target.canonical(mask)
+        a, c, b = self.sides(_canonical_shape(target))
+        g, o, k, i = view.shape
+        units = kept.view(g, o // a, 1, k // c, 1, i // b, 1)
+        view.copy_(units.expand(-1, -1, a, -1, c, -1, b).reshape(view.shape))
+        return mask
+
+    def final_sparsity(self) -> float | None:
+        """Any."""
+        return None
+
+
 @dataclass(frozen=True, slots=True)
-class Block:
-    """Blocks of a x b weights: a outputs by b inputs (at one kernel position).
+class Block(_Groups):
+    """Blocks of so many outputs by so many inputs, at one kernel position.
 
     Args:
         rows: Outputs in a block, >= 1; must divide the number of outputs.
@@ -187,6 +238,10 @@ class Block:
                 fix="write 'block:32x32'",
             )
 
+    def sides(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """As asked, at one kernel position."""
+        return self.rows, 1, self.columns
+
     def check(self, target: Target) -> None:
         """Needs sides that divide the outputs and the inputs."""
         _, outputs, _, inputs = _canonical_shape(target)
@@ -199,43 +254,14 @@ class Block:
                 allowed="sides that divide both",
                 fix=f"exclude it with exclude=[{target.name!r}], or choose another block",
             )
-        local = target.local.shape[0]
-        if target.sharded and (target.layout not in ("linear", "conv", "table") or local % self.rows):
+        if target.sharded and (
+            target.layout not in ("linear", "conv", "table") or target.local.shape[0] % self.rows
+        ):
             raise _needs_whole(target, f"block:{self.rows}x{self.columns}")
-
-    def unit_size(self, target: Target) -> int:
-        """The block's area."""
-        return self.rows * self.columns
-
-    def cap(self, target: Target) -> int:
-        """All of them."""
-        return target.size // self.unit_size(target)
-
-    def _blocks(self, view: Tensor) -> Tensor:
-        g, o, k, i = view.shape
-        return view.reshape(g, o // self.rows, self.rows, k, i // self.columns, self.columns)
-
-    def unit_scores(self, target: Target, scores: Tensor) -> Tensor:
-        """Pooled scores."""
-        return _pool(self._blocks(target.canonical(scores)), (2, 5), self.pooling)
-
-    def unit_mask(self, target: Target, mask: Tensor) -> Tensor:
-        """Blocks with any kept weight."""
-        return self._blocks(target.canonical(mask)).any(dim=5).any(dim=2).reshape(-1)
-
-    def expand(self, target: Target, kept: Tensor) -> Tensor:
-        """Every weight of the kept blocks."""
-        g, o, k, i = target.canonical(target.local).shape
-        blocks = kept.view(g, o // self.rows, 1, k, i // self.columns, 1)
-        return _spread(target, blocks.expand(-1, -1, self.rows, -1, -1, self.columns))
-
-    def final_sparsity(self) -> float | None:
-        """Any."""
-        return None
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Row(_Groups):
     """Whole outputs: a row of a Linear weight, a filter of a convolution.
 
     Args:
@@ -248,41 +274,18 @@ class Row:
         """Checks the pooling."""
         _check_pooling(self.pooling)
 
+    def sides(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """One output, everything else."""
+        return 1, shape[2], shape[3]
+
     def check(self, target: Target) -> None:
         """Fits every weight; a split one must be split between rows."""
-        if target.sharded and target.layout in ("transposed", "experts", "experts_transposed"):
+        if target.sharded and target.layout not in ("linear", "conv", "table"):
             raise _needs_whole(target, "row")
-
-    def unit_size(self, target: Target) -> int:
-        """Kernel positions times inputs."""
-        _, _, k, i = _canonical_shape(target)
-        return k * i
-
-    def cap(self, target: Target) -> int:
-        """All of them."""
-        g, o, _, _ = _canonical_shape(target)
-        return g * o
-
-    def unit_scores(self, target: Target, scores: Tensor) -> Tensor:
-        """Pooled scores, in the order (G, O)."""
-        return _pool(target.canonical(scores), (2, 3), self.pooling)
-
-    def unit_mask(self, target: Target, mask: Tensor) -> Tensor:
-        """Rows with any kept weight."""
-        return target.canonical(mask).any(dim=3).any(dim=2).reshape(-1)
-
-    def expand(self, target: Target, kept: Tensor) -> Tensor:
-        """Every weight of the kept rows."""
-        shape = target.canonical(target.local).shape
-        return _spread(target, kept.view(*shape[:2], 1, 1).expand(shape))
-
-    def final_sparsity(self) -> float | None:
-        """Any."""
-        return None
 
 
 @dataclass(frozen=True, slots=True)
-class Column:
+class Column(_Groups):
     """Whole inputs: a column of a Linear weight, an input channel of a convolution.
 
     Args:
@@ -295,37 +298,14 @@ class Column:
         """Checks the pooling."""
         _check_pooling(self.pooling)
 
+    def sides(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """One input, everything else."""
+        return shape[1], shape[2], 1
+
     def check(self, target: Target) -> None:
         """Fits every weight that is not split over ranks."""
         if target.sharded:
             raise _needs_whole(target, "column")
-
-    def unit_size(self, target: Target) -> int:
-        """Outputs times kernel positions."""
-        _, o, k, _ = _canonical_shape(target)
-        return o * k
-
-    def cap(self, target: Target) -> int:
-        """All of them."""
-        g, _, _, i = _canonical_shape(target)
-        return g * i
-
-    def unit_scores(self, target: Target, scores: Tensor) -> Tensor:
-        """Pooled scores, in the order (G, I)."""
-        return _pool(target.canonical(scores), (1, 2), self.pooling)
-
-    def unit_mask(self, target: Target, mask: Tensor) -> Tensor:
-        """Columns with any kept weight."""
-        return target.canonical(mask).any(dim=2).any(dim=1).reshape(-1)
-
-    def expand(self, target: Target, kept: Tensor) -> Tensor:
-        """Every weight of the kept columns."""
-        shape = target.canonical(target.local).shape
-        return _spread(target, kept.view(shape[0], 1, 1, shape[3]).expand(shape))
-
-    def final_sparsity(self) -> float | None:
-        """Any."""
-        return None
 
 
 def _check_pooling(pooling: str) -> None:
@@ -343,17 +323,6 @@ def _canonical_shape(target: Target) -> tuple[int, int, int, int]:
     shape = tuple(target.shape)
     g, o, k, i = target.canonical(torch.empty(shape, device="meta")).shape
     return g, o, k, i
-
-
-def _pool(x: Tensor, dims: tuple[int, int], pooling: Pooling) -> Tensor:
-    return (x.mean(dim=dims) if pooling == "mean" else x.amax(dim=dims)).reshape(-1)
-
-
-def _spread(target: Target, canonical: Tensor) -> Tensor:
-    mask = torch.empty(target.local.shape, dtype=torch.bool, device=target.local.device)
-    view = target.canonical(mask)
-    view.copy_(canonical.reshape(view.shape))
-    return mask
 
 
 def _needs_whole(target: Target, pattern: str) -> PruneError:

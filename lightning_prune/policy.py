@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from lightning_prune.allocation import Allocation, Pool
+from lightning_prune.allocation import Allocation
+from lightning_prune.apportionment import Pool
 from lightning_prune.criteria.base import Criterion
 from lightning_prune.distributed import Shards
 from lightning_prune.errors import refusal

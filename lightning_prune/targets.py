@@ -84,9 +84,8 @@ class Target:
         """What this rank holds of it, sharing its storage, outside autograd."""
         parameter = self.parameter
         # detach() shares the storage and, unlike .data, autograd's version counter.
-        if isinstance(parameter, DTensor):
-            return parameter.detach().to_local()
-        return parameter.detach()
+        detached: Tensor = parameter.detach()
+        return detached.to_local() if isinstance(detached, DTensor) else detached
 
     def canonical(self, x: Tensor) -> Tensor:
         """Views a tensor laid out like the weight as (G, O, K, I), inputs innermost.
@@ -232,10 +231,14 @@ def _globs(value: str | Sequence[str] | None, argument: str) -> tuple[str, ...]:
     return globs
 
 
-def _matches(glob: str, name: str) -> bool:
-    """Whether a glob matches a parameter's name or that of any module around it."""
-    parts = name.split(".")
-    return any(fnmatchcase(".".join(parts[:i]), glob) for i in range(1, len(parts) + 1))
+def _any_match(globs: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether any glob matches any of a parameter's names, or a module around it."""
+    for name in names:
+        parts = name.split(".")
+        paths = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+        if any(fnmatchcase(path, glob) for glob in globs for path in paths):
+            return True
+    return False
 
 
 def select(
@@ -255,9 +258,9 @@ def select(
     Args:
         model: Any module; names are those of its ``state_dict``.
         targets: Globs (`fnmatch`, case-sensitive, ``*`` crosses dots) over module and parameter
-            names, that narrow the default; a module's name stands for all that is in it. The full name of a parameter overrides the default
-            exclusions, so that an output head, a tied embedding, a bias, a frozen weight or a 3-D
-            expert tensor can be pruned.
+            names, that narrow the default; a module's name stands for all that is in it. The full
+            name of a parameter overrides the default exclusions, so that an output head, a tied
+            embedding, a bias, a frozen weight or a 3-D expert tensor can be pruned.
         exclude: Globs over the same names; what they match is left out.
         frozen: Whether weights with ``requires_grad=False`` belong to the default.
 
@@ -289,26 +292,27 @@ def select(
     excluded: list[Excluded] = []
     for places in seen.values():
         size = places[0][3].numel()
+        names = [p[0] for p in places]
         asked = [p for p in places if p[0] in wanted]
         reason: str | None = None
         for glob in unwanted:
-            if any(_matches(glob, place[0]) for place in places):
+            if _any_match((glob,), names):
                 used.add(glob)
                 reason = f"excluded by {glob!r}"
         for glob in wanted:
-            if any(_matches(glob, place[0]) for place in places):
+            if _any_match((glob,), names):
                 used.add(glob)
         place = asked[0] if asked else places[0]
         name, path, module, parameter = place
         leaf = name.rpartition(".")[2]
         if reason is None and not asked:
             if len({id(p[2]) for p in places}) > 1:
-                reason = "tied: " + " = ".join(p[0] for p in places)
+                reason = "tied: " + " = ".join(names)
             else:
                 reason = _default_reason(path, leaf, module, parameter, heads)
                 if reason == "frozen" and frozen:
                     reason = None
-            if reason is None and wanted and not any(_matches(g, p[0]) for g in wanted for p in places):
+            if reason is None and wanted and not _any_match(wanted, names):
                 reason = "not matched by targets"
         if reason is None and (unusable := _unusable(parameter)):
             raise refusal(

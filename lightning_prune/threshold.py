@@ -36,11 +36,13 @@ def order_keys(scores: Tensor) -> Tensor:
         >>> order_keys(torch.tensor([-1.0, -0.0, 0.0, 2.0])).argsort().tolist()
         [0, 1, 2, 3]
     """
-    if scores.dtype == torch.float64:
-        bits = (scores + 0.0).view(torch.int64)
-        return bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
-    bits = (scores + 0.0).view(torch.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    wide = scores.dtype == torch.float64
+    bits = scores.contiguous().view(torch.int64 if wide else torch.int32)
+    if scores.numel() and int(bits.min()) < 0:  # negative scores, or -0.0
+        bits = (scores + 0.0).view(bits.dtype)
+        sign, rest = (63, 0x7FFFFFFFFFFFFFFF) if wide else (31, 0x7FFFFFFF)
+        return bits ^ ((bits >> sign) & rest)
+    return bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,8 +186,10 @@ def _pivots(units: Candidates, members: Sequence[int], budget: int) -> tuple[int
         low, high = int(info.min), int(info.max)
     else:
         weights = torch.cat(
-            [torch.full((len(p),), float(units.costs[i]), device=p.device, dtype=torch.float64)
-             for i, p in zip(members, parts, strict=True)]
+            [
+                torch.full((len(p),), float(units.costs[i]), device=p.device, dtype=torch.float64)
+                for i, p in zip(members, parts, strict=True)
+            ]
         )[order]
         share = weights.cumsum(0) / weights.sum()
         middle = budget / whole

@@ -93,12 +93,14 @@ def water_fill(scores, pruned, budget, floors, costs=None):
     """
     costs = costs or [1] * len(scores)
     kept = [np.ones(np.size(s), dtype=bool) for s in scores]
+    left = [np.size(s) for s in scores]
     spent = 0
     for tensor, position in _in_order(scores, pruned):
         if spent >= budget:
             break
-        if kept[tensor].sum() > floors[tensor]:
+        if left[tensor] > floors[tensor]:
             kept[tensor][position] = False
+            left[tensor] -= 1
             spent += costs[tensor]
     return kept
 
@@ -215,9 +217,7 @@ def block_scores(scores_goki, rows, columns, pooling="mean"):
     g, o, k, i = scores_goki.shape
     out = np.empty((g, o // rows, k, i // columns))
     for a, b, c, d in np.ndindex(out.shape):
-        block = scores_goki[
-            a, b * rows : (b + 1) * rows, c, d * columns : (d + 1) * columns
-        ]
+        block = scores_goki[a, b * rows : (b + 1) * rows, c, d * columns : (d + 1) * columns]
         out[a, b, c, d] = _pooled(block, pooling)
     return out
 

@@ -78,12 +78,13 @@ def masks(
     final: float | None = None,
 ) -> dict[str, Tensor]:
     """What one update of a policy gives, checked first as a callback would."""
-    how.check(chosen, sparsity, Shards())
+    final = sparsity if final is None else final
+    how.check(chosen, final, Shards())
     found = how.masks(
         chosen,
         ones(chosen) if before is None else before,
         sparsity=sparsity,
-        final=sparsity if final is None else final,
+        final=final,
         shards=Shards(),
     )
     return {t.name: mask for t, mask in found}

@@ -30,7 +30,11 @@ class Random:
 
     def __post_init__(self) -> None:
         """Checks the seed."""
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
+        if (
+            isinstance(self.seed, bool)
+            or not isinstance(self.seed, int)
+            or not 0 <= self.seed < 2**31
+        ):
             raise refusal(
                 "A seed is a whole number",
                 where="Random(seed=...)",

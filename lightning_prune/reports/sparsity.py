@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LayerSparsity", "SparsityReport", "report", "zeros_of"]
 
-_HEADERS = ("weight", "shape", "weights", "zeros", "sparsity", "dead rows", "dead columns")
+_HEADERS = ("layer", "shape", "weights", "zeros", "sparsity", "dead rows", "dead columns")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +79,8 @@ class LayerSparsity:
     def cells(self) -> tuple[str, ...]:
         """The row in words."""
         return (
-            self.name,
+            # a module's name is a glob that targets and exclude take
+            self.name.removesuffix(".weight"),
             "x".join(str(n) for n in self.shape),
             count(self.weights),
             count(self.zeros),
@@ -189,14 +190,19 @@ class SparsityReport:
         )
 
     def __rich__(self) -> Table:
-        return rich_table(
-            f"Sparsity of {self.model}",
-            _HEADERS,
-            self._rows(),
-            left=2,
-            caption=self._caption(),
-            last=2,
-        )
+        # what fits into a terminal of 80 columns
+        headers = ["layer", "weights", "sparsity", "dead r/c"]
+        rows = [
+            [name, weights, sparsity, "" if {dead, idle} <= {"", "-"} else f"{dead} / {idle}"]
+            for name, _, weights, _, sparsity, dead, idle in self._rows()
+        ]
+        caption = self._caption()
+        if any(row[3] for row in rows):
+            caption += "\ndead r/c: rows (outputs) / columns (inputs) without any weight"
+        else:
+            headers, rows = headers[:3], [row[:3] for row in rows]
+        title = f"Sparsity of {self.model}"
+        return rich_table(title, headers, rows, caption=caption, last=2)
 
 
 def zeros_of(model: nn.Module) -> dict[str, int]:
@@ -233,7 +239,7 @@ def _zeros(parameter: nn.Parameter) -> Tensor:
     """Where a whole parameter is zero, on every rank: bool of its shape."""
     values = parameter.detach()
     local = values.to_local() if isinstance(values, DTensor) else values
-    return gather_whole(parameter, local == 0)
+    return gather_whole(parameter, (local == 0).contiguous())
 
 
 def _row(target: Target) -> LayerSparsity:

@@ -41,8 +41,15 @@ def group(excluded: Iterable[Excluded]) -> tuple[ExcludedGroup, ...]:
         excluded: Parameters with reasons.
 
     Example:
-        >>> [g.names for g in group([Excluded(name="b", size=2, reason="bias or other vector"),
-        ...                          Excluded(name="e", size=9, reason="embedding")])]
+        >>> [
+        ...     g.names
+        ...     for g in group(
+        ...         [
+        ...             Excluded(name="b", size=2, reason="bias or other vector"),
+        ...             Excluded(name="e", size=9, reason="embedding"),
+        ...         ]
+        ...     )
+        ... ]
         [('e',), ('b',)]
     """
     reasons: dict[str, list[Excluded]] = {}
@@ -142,6 +149,7 @@ def rich_table(
         PruneError: If rich is not installed.
     """
     try:
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
         from rich.text import Text
     except ImportError as error:
@@ -158,6 +166,8 @@ def rich_table(
         caption=None if caption is None else Text(caption, style="dim"),
         caption_justify="left",
         title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
     )
     for i, header in enumerate(headers):
         table.add_column(

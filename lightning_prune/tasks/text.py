@@ -138,7 +138,7 @@ class TextDataModule(L.LightningDataModule):
             if self._given_names is not None:
                 self._names = self._given_names
             else:
-                self._names = find_label_names(self._split("train"), self.label_column)
+                self._names = find_label_names(self._split("all"), self.label_column)
         return list(self._names)
 
     @property
@@ -208,14 +208,14 @@ class TextDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
         )
 
-    def _split(self, split: _Split) -> Dataset:
+    def _split(self, split: _Split | Literal["all"]) -> Dataset:
         if self._splits is None:
             self._splits = self._read()
         if split not in self._splits:
             raise refusal(
                 "There is nothing to test on",
                 where="TextDataModule",
-                got=f"the splits {', '.join(self._splits)}",
+                got=f"the splits {', '.join(name for name in self._splits if name != 'all')}",
                 allowed="a source with a test split",
                 fix="give test=...",
             )
@@ -247,6 +247,7 @@ class TextDataModule(L.LightningDataModule):
                 allowed="a source with a train split",
                 fix="give another source",
             )
+        splits["all"] = train  # names are those of all of it
         # One order for both choices: the split stays when the limit or the seed changes.
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
         if "validation" not in splits and len(train) > 1:

@@ -17,7 +17,7 @@ from tests.source_tree import ROOT, imports, source_files, sources
 ROOMS = [
     ["_version", "errors"],
     ["distributed", "threshold"],
-    ["schedules", "criteria", "allocation", "patterns", "targets"],
+    ["schedules", "timeline", "criteria", "apportionment", "allocation", "patterns", "targets"],
     ["masks", "observers", "policy", "usage"],
     ["apply", "gates", "anatomy"],
     ["removal", "lora", "reports"],

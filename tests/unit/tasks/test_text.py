@@ -85,6 +85,12 @@ def test_the_held_out_examples_depend_on_neither_seed_nor_limit():
     assert len(part.val_dataloader().dataset) == 10
 
 
+def test_labels_that_are_held_out_or_over_the_limit_have_names_too():
+    data = module({"text": ["cat", "dog", "bird"], "label": [0, 1, 2]}, limit_train_examples=1)
+    assert data.num_labels == 3
+    assert len(data.encoded("train")) == 1
+
+
 def test_given_splits_are_used():
     train, other = tiny.texts(40), tiny.texts(30, seed=1)
     data = module({"train": train, "validation": other, "test": other})
@@ -131,7 +137,7 @@ def test_arguments_below_one_are_refused(name, limit):
         (None, {"text_columns": ["text", "text", "text"]}, "one or two columns"),
         (None, {"label_column": "stars"}, r"label_column=.*got: +stars"),
         (None, {"label_names": ["none", "dog"]}, "'cat'"),
-        (None, {"max_length": 65}, "1 to 64 tokens"),
+        (None, {"max_length": 129}, "1 to 128 tokens"),
         ({"text": [], "label": []}, {}, "empty"),
         ({"text": ["cat", None], "label": [0, 1]}, {"validation_fraction": 0.5}, "missing or"),
         ({"a": ["cat"] * 4, "b": ["dog"] * 4, "label": [0, 1] * 2}, {}, "not clear"),

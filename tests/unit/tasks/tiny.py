@@ -24,7 +24,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         unk_token="[UNK]",
         cls_token="[CLS]",
         sep_token="[SEP]",
-        model_max_length=64,
+        model_max_length=128,
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
 
@@ -37,7 +37,7 @@ def bert(num_labels: int = 2) -> BertForSequenceClassification:
             num_hidden_layers=2,
             num_attention_heads=2,
             intermediate_size=32,
-            max_position_embeddings=64,
+            max_position_embeddings=128,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
             num_labels=num_labels,

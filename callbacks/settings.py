@@ -1,0 +1,90 @@
+"""What a user asks of any pruning callback, checked as soon as it is said."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_prune.callbacks import checks
+from lightning_prune.errors import refusal
+from lightning_prune.patterns import Pattern
+from lightning_prune.schedules import Schedule
+from lightning_prune.timeline import Timeline, check_window, timeline
+
+__all__ = ["Budget", "Settings"]
+
+Budget = Literal["parameters", "macs", "bytes"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How much, when, and of which weights; see `GradualMagnitudePruning` for the meaning."""
+
+    callback: str
+    sparsity: float
+    schedule: Schedule
+    start: int | float
+    end: int | float
+    every: int | None
+    targets: str | list[str] | None
+    exclude: str | list[str] | None
+    pattern: Pattern
+    min_density: float
+    budget: Budget
+    initial_sparsity: float | Literal["from_model"]
+    total_steps: int | None
+
+    def __post_init__(self) -> None:
+        """Checks every value by itself."""
+        checks.check_fraction(self.sparsity, f"{self.callback}(sparsity=...)")
+        if self.initial_sparsity != "from_model":
+            checks.check_initial(self.initial_sparsity, self.sparsity, self.callback)
+        check_window(self.schedule, self.start, self.end, self.every)
+        checks.check_pattern_sparsity(self.pattern, self.sparsity, self.callback)
+        if isinstance(self.min_density, bool) or not 0 <= self.min_density <= 1:
+            raise refusal(
+                "A least density is a fraction",
+                where=f"{self.callback}(min_density=...)",
+                got=self.min_density,
+                allowed="a number in [0, 1]",
+                fix="write min_density=0.05 to keep at least 5% of every tensor",
+            )
+        if self.budget not in ("parameters", "macs", "bytes"):
+            raise refusal(
+                "Unknown budget",
+                where=f"{self.callback}(budget=...)",
+                got=self.budget,
+                allowed="'parameters', 'macs' or 'bytes'",
+                fix="leave it out for parameters",
+            )
+        total = self.total_steps
+        whole = isinstance(total, int) and not isinstance(total, bool)
+        if total is not None and (not whole or total < 1):
+            raise refusal(
+                "A run has a whole number of optimizer steps",
+                where=f"{self.callback}(total_steps=...)",
+                got=total,
+                allowed="an integer >= 1, or None to ask the Trainer",
+                fix="leave it out under automatic optimization",
+            )
+
+    def lay_out(self, initial: float, total: int | None, squeeze: bool) -> Timeline:
+        """The schedule on a run of ``total`` steps; empty when there is nothing to prune."""
+        checks.check_initial(initial, self.sparsity, self.callback)
+        if self.sparsity == 0:
+            return Timeline(updates=(), values=(), initial=0.0)
+        return timeline(
+            self.schedule,
+            initial=initial,
+            final=self.sparsity,
+            start=self.start,
+            end=self.end,
+            every=self.every,
+            total=total,
+            squeeze=squeeze,
+        )
+
+    def moments(self) -> dict[str, str]:
+        """What decides when masks are updated, as text, to compare with a checkpoint's."""
+        fields = ("schedule", "start", "end", "every", "total_steps", "initial_sparsity")
+        return {field: repr(getattr(self, field)) for field in fields}

@@ -1,0 +1,327 @@
+"""`fit`, `validate` and `plan`: LightningCLI, with a folder of results and a dense twin."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_prune.callbacks.base import MaskCallback
+from lightning_prune.cli import display
+from lightning_prune.cli.outcome import Measured, Outcome, RunFolder, sparsity_of, write
+from lightning_prune.cli.packaged import locate_all
+from lightning_prune.cli.planning import find_plans, ranks_of
+from lightning_prune.errors import PruneError, refusal
+
+__all__ = ["PruneCLI", "PruneTrainer"]
+
+
+class PruneTrainer(L.Trainer):
+    """A Trainer that has the commands of the command line as methods, as LightningCLI asks for."""
+
+    def plan(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule | None = None,
+        total_steps: int | None = None,
+        json_file: str | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Tells, before any training, what fit would prune, what not and why, and when.
+
+        Args:
+            model: The module.
+            datamodule: Its data.
+            total_steps: Optimizer steps of the run; null asks the data and the Trainer's limits.
+            json_file: A file to write the plan to.
+            ckpt_path: Of fit; not looked at.
+            weights_only: Of fit; not looked at.
+        """
+        raise NotImplementedError("PruneCLI.plan does it")
+
+
+class PruneCLI(LightningCLI):
+    """LightningCLI that knows what a pruning run leaves behind.
+
+    Args:
+        args: The command and what stands after it.
+    """
+
+    def __init__(self, args: Sequence[str]) -> None:
+        _quieten()
+        super().__init__(
+            args=list(args),
+            trainer_class=PruneTrainer,
+            trainer_defaults={"enable_model_summary": False},
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={name: {"exit_on_error": False} for name in self.subcommands()}
+            | {"exit_on_error": False, "prog": "lightning-prune"},
+        )
+
+    # The parser -----------------------------------------------------------------------------------
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The commands, and the arguments of the Trainer's methods that are no options."""
+        data = {"model", "datamodule"}
+        return {
+            "fit": data | {"train_dataloaders", "val_dataloaders"},
+            "validate": data | {"dataloaders"},
+            "plan": data,
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds what a recipe says besides the Trainer, the model and the data."""
+        parser.add_argument(
+            "--output_dir",
+            type=str,
+            default="runs/latest",
+            help="Folder for the model, the checkpoint, the report and the plots of fit. What an "
+            "earlier run left there is replaced.",
+        )
+        parser.add_argument(
+            "--compare_dense",
+            type=bool,
+            default=False,
+            help="Whether fit trains the same once more without the pruning callbacks, and shows "
+            "both results side by side.",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parses `args`; those of the process are not looked at."""
+        if not isinstance(args, list):
+            raise TypeError("PruneCLI takes a list of arguments")
+        self.config = parser.parse_args(args)
+
+    # The objects ----------------------------------------------------------------------------------
+
+    @property
+    def options(self) -> Namespace:
+        """The command's part of the parsed configuration."""
+        options: Namespace = self.config[self.config["subcommand"]]
+        return options
+
+    def before_instantiate_classes(self) -> None:
+        """Finds files of installed packages; refuses a checkpoint that is not there."""
+        self.folder = RunFolder(self.options["output_dir"])
+        self.config = locate_all(self.config)
+        checkpoint = self.options.get("ckpt_path")
+        words = ("best", "last", "hpc")
+        if checkpoint is None or checkpoint in words or ":" in checkpoint:
+            return
+        if not Path(checkpoint).exists():
+            raise refusal(
+                "There is no such checkpoint",
+                where="ckpt_path",
+                got=checkpoint,
+                allowed=f"a file, or one of {', '.join(words)}",
+                fix=f"look into {self.folder.checkpoints}",
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """The configured Trainer, with its files in the output folder.
+
+        Args:
+            kwargs: Arguments of the Trainer in place of the configured ones.
+        """
+        given: Namespace = self.config_init[self.config["subcommand"]]["trainer"]
+        if self.subcommand == "fit":
+            changes = self._results_in(self.folder, given)
+        else:
+            # They train nothing, so they must not touch what a run has left.
+            self.save_config_callback = None
+            changes = {"logger": False}
+        if self.subcommand == "plan":
+            changes |= {
+                "accelerator": "cpu",
+                "strategy": "auto",
+                "devices": 1,
+                "num_nodes": 1,
+                "precision": None,
+                "plugins": None,
+                "enable_progress_bar": False,
+                "num_sanity_val_steps": 0,
+            }
+        return super().instantiate_trainer(**{**changes, **kwargs})
+
+    def _results_in(self, folder: RunFolder, given: Namespace) -> dict[str, Any]:
+        """The Trainer's arguments that put logs and checkpoints where the rest is."""
+        callbacks = _as_list(given["callbacks"])
+        if given["fast_dev_run"] or given["barebones"]:
+            return {}
+        changes: dict[str, Any] = {}
+        if given["default_root_dir"] is None:
+            changes["default_root_dir"] = str(folder.path)
+        if given["logger"] in (None, True):
+            changes["logger"] = CSVLogger(folder.path, name="", version="")
+        bars = given["enable_progress_bar"] is not False
+        if bars and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(display.progress_bar())
+        saves = given["enable_checkpointing"] is not False
+        if saves and not any(isinstance(c, Checkpoint) for c in callbacks):
+            last = ModelCheckpoint(
+                folder.checkpoints, filename="last", enable_version_counter=False
+            )
+            callbacks.append(last)
+        return {**changes, "callbacks": callbacks}
+
+    # fit ------------------------------------------------------------------------------------------
+
+    def before_fit(self) -> None:
+        """Refuses what would only be noticed after the training."""
+        self._compare = bool(self.options["compare_dense"]) and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self._compare and not self._pruning():
+            raise refusal(
+                "There is nothing to compare",
+                where="compare_dense",
+                got="a Trainer without a pruning callback",
+                allowed="true beside at least one callback of lightning_prune.callbacks",
+                fix="add one to trainer.callbacks, or write compare_dense: false",
+            )
+        self.folder.prepare(resuming=self.options.get("ckpt_path") is not None)
+        if self._compare:
+            display.heading("run 1 of 2: with pruning")
+        self._began = time.perf_counter()
+
+    def after_fit(self) -> None:
+        """Measures the model, trains its dense twin if asked to, writes and shows all of it."""
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            display.note("fast_dev_run: one step was made, and nothing was saved")
+            return
+        pruning = tuple(self._pruning())
+        pruned = self._measure(self._began, pruning)
+        model, data, trainer = self.model, self.datamodule, self.trainer
+        outcome = Outcome(
+            module=model,
+            data=data,
+            trainer=trainer,
+            callbacks=pruning,
+            pruned=pruned,
+            dense=self._fit_dense(pruning) if self._compare else None,
+            folder=self.folder,
+            recipe=self._recipe(),
+        )
+        self._report(outcome)
+
+    def _recipe(self) -> dict[str, Any]:
+        """What decided the zeros, as it was configured."""
+        callbacks = [c.as_dict() for c in _as_list(self.options["trainer"]["callbacks"])]
+        return {
+            "seed": self.options["seed_everything"],
+            "steps": self.trainer.global_step,
+            "callbacks": json.loads(json.dumps(callbacks, default=str)),
+        }
+
+    @rank_zero_only
+    def _report(self, outcome: Outcome) -> None:
+        refused: PruneError | None = None
+        try:
+            write(outcome)
+        except PruneError as error:
+            refused = error
+        display.show_outcome(outcome)
+        if refused is not None:
+            raise refused
+
+    def _pruning(self) -> list[MaskCallback]:
+        return [c for c in self.trainer.callbacks if isinstance(c, MaskCallback)]  # type: ignore[attr-defined]
+
+    def _measure(self, began: float, pruning: tuple[MaskCallback, ...]) -> Measured:
+        """Validates the weights that training ended with; nothing is logged."""
+        seconds = time.perf_counter() - began
+        metrics: dict[str, float] = {}
+        if self.trainer.limit_val_batches:
+            if self.trainer.progress_bar_callback is not None:
+                self.trainer.progress_bar_callback.disable()
+            loggers, self.trainer.loggers = self.trainer.loggers, []
+            for found in self.trainer.validate(
+                self.model, datamodule=self.datamodule, verbose=False
+            ):
+                metrics |= found
+            self.trainer.loggers = loggers
+        return Measured(seconds=seconds, metrics=metrics, sparsity=sparsity_of(self.model, pruning))
+
+    def _fit_dense(self, pruning: tuple[MaskCallback, ...]) -> Measured:
+        """Trains from the same configuration and seed, without pruning."""
+        display.heading("run 2 of 2: the same without pruning")
+        options, folder = self.options, self.folder.dense
+        if options["seed_everything"] is not False:
+            L.seed_everything(options["seed_everything"], workers=True, verbose=False)
+        self.config_init = self.parser.instantiate_classes(self.config)
+        fresh: Namespace = self.config_init[self.config["subcommand"]]
+        self.model, self.datamodule = fresh["model"], fresh["data"]
+        callbacks = [
+            c
+            for c in _as_list(fresh["trainer"]["callbacks"])
+            if not isinstance(c, MaskCallback | Checkpoint)
+        ]
+        if not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(display.progress_bar())
+        self.save_config_callback = None
+        folder.prepare(resuming=False)
+        self.trainer = self.instantiate_trainer(
+            callbacks=callbacks,
+            enable_checkpointing=False,
+            default_root_dir=str(folder.path),
+            logger=CSVLogger(folder.path, name="", version=""),
+        )
+        began = time.perf_counter()
+        self.trainer.fit(self.model, datamodule=self.datamodule)
+        return self._measure(began, pruning)
+
+    # validate and plan ----------------------------------------------------------------------------
+
+    def after_validate(self) -> None:
+        """Shows how sparse the model is that was measured."""
+        display.show_sparsity(self.model)
+
+    def plan(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule | None = None,
+        total_steps: int | None = None,
+        json_file: str | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Shows the plan of every pruning callback. For the arguments see `PruneTrainer.plan`."""
+        plans = find_plans(
+            self.trainer, model, datamodule, total_steps, ranks_of(self.options["trainer"])
+        )
+        display.show_plans(plans)
+        if json_file is not None:
+            display.write_json(Path(json_file), [found.to_dict() for found in plans.plans])
+
+
+def _as_list(callbacks: Any) -> list[Any]:
+    if callbacks is None:
+        return []
+    return list(callbacks) if isinstance(callbacks, list) else [callbacks]
+
+
+def _quieten() -> None:
+    """Leaves out what Lightning says of devices, seeds and folders that are as they should be."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        # A later run replaces what an earlier one left: so --output_dir says.
+        "Checkpoint directory .* exists and is not empty",
+        "Experiment logs directory .* exists and is not empty",
+        # Our data is in memory, tokenised: workers would slow it down.
+        "The '.*_dataloader' does not have many workers",
+        # Of torch's own pytree, called by Lightning.
+        "`isinstance.treespec, LeafSpec.` is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message)

@@ -1,0 +1,10 @@
+"""Models to disk and back."""
+
+from __future__ import annotations
+
+from lightning_prune.export.saving import MANIFEST as MANIFEST
+from lightning_prune.export.saving import SavesPretrained as SavesPretrained
+from lightning_prune.export.saving import from_pretrained as from_pretrained
+from lightning_prune.export.saving import save_pretrained as save_pretrained
+
+__all__ = ["MANIFEST", "SavesPretrained", "from_pretrained", "save_pretrained"]

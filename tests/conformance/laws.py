@@ -1,0 +1,8 @@
+"""Importing this registers all checks."""
+
+from tests.conformance import law_1_names as law_1_names
+from tests.conformance import law_2_budgets as law_2_budgets
+from tests.conformance import law_3_zeros as law_3_zeros
+from tests.conformance import law_4_resume as law_4_resume
+from tests.conformance import law_6_traces as law_6_traces
+from tests.conformance import law_7_off as law_7_off

@@ -1,0 +1,128 @@
+"""The checks of every law, and the callbacks that they run on.
+
+A law module registers its checks with `check`; test_laws.py runs each on each callback.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from lightning_prune import callbacks
+from tests.conformance.toy import Toy
+
+__all__ = ["CHECKS", "LAWS", "Case", "Check", "cases", "check"]
+
+LAWS = {
+    1: "stock names",
+    2: "exact budgets",
+    3: "zeros stay zero",
+    4: "resume is bit-exact",
+    5: "ranks agree",
+    6: "nothing left behind",
+    7: "off means off",
+    8: "say no early",
+    9: "composable",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """How one callback is made for the suite.
+
+    Attributes:
+        kind: The class. It declares what its masks cover (``covers``) and, where a law does not
+            apply to it, why: ``laws = {4: "the reason"}``.
+        defaults: Arguments; those that the constructor does not take are left out.
+        model: Makes the network that it is tried on; takes the arguments of `Toy`.
+    """
+
+    kind: type[L.Callback]
+    defaults: Mapping[str, Any] = field(
+        default_factory=lambda: {"sparsity": 0.5, "start": 2, "end": 8, "every": 2}
+    )
+    model: Callable[..., L.LightningModule] = Toy
+
+    @property
+    def name(self) -> str:
+        return self.kind.__name__
+
+    @property
+    def arguments(self) -> frozenset[str]:
+        """What the constructor takes."""
+        return frozenset(inspect.signature(self.kind).parameters)
+
+    @property
+    def covers(self) -> str:
+        """What its masks are on."""
+        return self.kind.covers
+
+    def make(self, **wanted: Any) -> Any:
+        """A new callback."""
+        plain = {k: v for k, v in self.defaults.items() if k in self.arguments}
+        return self.kind(**(plain | wanted))
+
+    def excused(self, law: int, *needs: str) -> str | None:
+        """Why a law, or a check of it that needs some arguments, does not apply."""
+        declared = getattr(self.kind, "laws", {})
+        if law in declared:
+            return declared[law]
+        missing = [name for name in needs if name not in self.arguments]
+        return f"takes no {', '.join(missing)}" if missing else None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One way to look at one law.
+
+    Attributes:
+        law: Its number in the design.
+        name: What is looked at.
+        run: Raises AssertionError if the callback breaks the law; gets a folder of its own.
+        needs: Arguments without which there is nothing to look at.
+    """
+
+    law: int
+    name: str
+    run: Callable[[Case, Path], None]
+    needs: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.law}-{self.name}"
+
+
+CHECKS: dict[str, Check] = {}
+
+
+def check(
+    law: int, *needs: str, name: str | None = None
+) -> Callable[[Callable[[Case, Path], None]], Callable[[Case, Path], None]]:
+    """Registers a check under its function's name, or under the name given."""
+
+    def register(run: Callable[[Case, Path], None]) -> Callable[[Case, Path], None]:
+        made = Check(law, name or run.__name__, run, needs)
+        if str(made) in CHECKS:
+            raise ValueError(f"two checks are called {made}")
+        CHECKS[str(made)] = made
+        return run
+
+    return register
+
+
+# A callback whose constructor or network is special gets a row here; all others need none.
+ROWS: dict[str, Callable[[type[L.Callback]], Case]] = {}
+
+
+def cases() -> list[Case]:
+    """All callbacks that `lightning_prune.callbacks` makes public."""
+    found = []
+    for name in callbacks.__all__:
+        kind = getattr(callbacks, name)
+        if inspect.isclass(kind) and issubclass(kind, L.Callback):
+            found.append(ROWS[name](kind) if name in ROWS else Case(kind=kind))
+    return found

@@ -1,0 +1,44 @@
+"""Every callback, every law. A callback that is new in `callbacks/__init__.py` is tried as it is.
+
+Where a law does not apply, the callback says why in its class attribute ``laws``; the reasons are
+printed at the end of the run.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.conformance import laws  # noqa: F401  registers the checks
+from tests.conformance.law_4_resume import resumes_everywhere
+from tests.conformance.registry import CHECKS, LAWS, Case, Check, cases
+from tests.conformance.toy import STEPS, Toy
+
+
+def test_every_law_is_looked_at():
+    assert {c.law for c in CHECKS.values()} | {5} == set(LAWS)
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_declarations(case, record_property):
+    """What the masks cover is known to the suite, and reasons are sentences about known laws."""
+    assert case.covers in ("weight", "delta", "adapter", "unit", "none")
+    record_property("covers", f"{case.name}: masks cover {case.covers}")
+    for law, reason in getattr(case.kind, "laws", {}).items():
+        assert law in LAWS
+        assert len(reason.split()) >= 3, f"law {law}: {reason!r} is no reason"
+        record_property("excused", f"{case.name}: law {law} ({LAWS[law]}): {reason}")
+
+
+@pytest.mark.parametrize("check", CHECKS.values(), ids=str)
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_law(case: Case, check: Check, tmp_path, record_property):
+    reason = case.excused(check.law, *check.needs)
+    if reason is None:
+        check.run(case, tmp_path)
+    elif check.law not in getattr(case.kind, "laws", {}):
+        record_property("excused", f"{case.name}: {check}: {reason}")
+
+
+def test_the_dense_run_resumes(tmp_path):
+    """Without a pruning callback too, or law 4 would be about the toy."""
+    assert resumes_everywhere(tmp_path, Toy, list) == STEPS
