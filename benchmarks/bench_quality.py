@@ -27,8 +27,8 @@ from torch import Tensor
 
 from lightning_prune.callbacks import GradualMagnitudePruning
 from lightning_prune.schedules import Cubic
-from lightning_prune.timeline import timeline
 from lightning_prune.targets import select
+from lightning_prune.timeline import timeline
 
 RESULTS = Path(__file__).parent / "results"
 SENTENCES, EPOCHS, BATCH, EVERY = 16_000, 2, 32, 20
@@ -183,6 +183,7 @@ def run(arm: str, sparsity: float, seed: int, options: argparse.Namespace) -> di
 
 def table(rows: list[dict[str, object]]) -> str:
     """The results as Markdown."""
+
     def cell(arm: str, level: float) -> str:
         found = [r["accuracy"] for r in rows if r["arm"] == arm and r["asked"] == level]
         if not found:
@@ -195,8 +196,8 @@ def table(rows: list[dict[str, object]]) -> str:
         f"- Machine: {rows[0]['machine']}",
         f"- Command: `python benchmarks/bench_quality.py --data PATH --precision "
         f"{rows[0]['precision']} --rate {rows[0]['rate']}`",
-        f"- {SENTENCES:,} training sentences x {EPOCHS} epochs in batches of {BATCH} ({STEPS} steps), "
-        "872 dev sentences (one sentence is 0.0011); mean over seeds (each seed).",
+        f"- {SENTENCES:,} training sentences x {EPOCHS} epochs in batches of {BATCH} ({STEPS} "
+        "steps), 872 dev sentences (one sentence is 0.0011); mean over seeds (each seed).",
         f"- Sparsity over the encoder's 10,616,832 Linear weights; both callbacks at the same "
         f"absolute cubic targets every {EVERY} steps from 25% to 75% of the run; one-shot at 25%.",
         "- Accuracies of seeds are in the order 0, 1. Training times are not comparable: other "
@@ -212,9 +213,7 @@ def table(rows: list[dict[str, object]]) -> str:
         for level in LEVELS
     ]
     lines += ["", "Achieved sparsity by arm (asked, seed -> achieved):", ""]
-    lines += [
-        f"- {r['arm']} {r['asked']:.0%}, seed {r['seed']}: {r['sparsity']:.6f}" for r in rows
-    ]
+    lines += [f"- {r['arm']} {r['asked']:.0%}, seed {r['seed']}: {r['sparsity']:.6f}" for r in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -226,6 +225,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16-mixed")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--only", nargs="+", default=[], help="arms such as ours:0.9")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
@@ -236,7 +236,9 @@ def main() -> None:
     arms += [(arm, level) for level in (0.95, 0.8, 0.5) for arm in ("ours", "ModelPruning")]
     for seed in options.seeds:
         for arm, level in arms:
-            if (arm, level, seed) in done:
+            if (arm, level, seed) in done or f"{arm}:{level}" not in (
+                options.only or [f"{arm}:{level}"]
+            ):
                 continue
             row = run(arm, level, seed, options)
             print(row, flush=True)

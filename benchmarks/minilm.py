@@ -46,7 +46,9 @@ def sst2(path: Path, split: str) -> tuple[list[str], list[int]]:
 def machine() -> str:
     """One line that says where a result was measured, and with what."""
     processor = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+    for line in (
+        Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    ):
         if line.startswith("model name"):
             processor = line.partition(":")[2].strip()
             break

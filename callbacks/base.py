@@ -23,6 +23,7 @@ from lightning_prune.callbacks.averages import (
     swaps_weights,
 )
 from lightning_prune.callbacks.costs import count_with_example
+from lightning_prune.callbacks.run_length import run_length
 from lightning_prune.callbacks.settings import Settings
 from lightning_prune.callbacks.state import check_checkpoint, pack_state, unpack_state
 from lightning_prune.callbacks.steps import StepCounter
@@ -70,6 +71,7 @@ class MaskCallback(L.Callback):
         self._actual = 0.0
         self._uses: UseCounter | None = None
         self._stash: dict[str, Any] | None = None
+        self._epochs: int | None = None
 
     # What a plan sees before any training -------------------------------------------------------
 
@@ -120,6 +122,7 @@ class MaskCallback(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuses a Trainer of the other package."""
         checks.check_trainer(trainer, self.name)
+        self._epochs = trainer.max_epochs  # StochasticWeightAveraging may add one to it
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Selects the weights, refuses what cannot work, and attaches to the optimizers."""
@@ -152,7 +155,7 @@ class MaskCallback(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restores a resumed state, and lays the schedule onto the run, whose length is known."""
         masks = self._ready()
-        total = self._run_length(trainer)
+        total = run_length(trainer, self.settings.total_steps, self._epochs)
         squeeze = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
         previous = self._timeline
         if self._stash is not None:
@@ -174,7 +177,9 @@ class MaskCallback(L.Callback):
                 for target in self._targets:
                     masks[target.name] = target.local != 0
         self._timeline = previous
-        left = None if total is None else total - trainer.global_step
+        # the Trainer's own count goes with the Trainer's own length, ours with the user's
+        done = trainer.global_step if self.settings.total_steps is None else self.step
+        left = None if total is None else total - done
         checks.check_enough_steps(previous, self.step, left, self.name)
         if self.settings.budget == "macs" and not self.policy.costs:
             checks.check_macs_known(previous, self.step, self.name)
@@ -182,14 +187,6 @@ class MaskCallback(L.Callback):
             self._uses.__enter__()
         self._project()
         self._actual = pruned_fraction(masks, self._targets, self._shards)
-
-    def _run_length(self, trainer: L.Trainer) -> int | None:
-        if self.settings.total_steps is not None:
-            return self.settings.total_steps
-        if not trainer.lightning_module.automatic_optimization:
-            return None
-        estimate = trainer.estimated_stepping_batches
-        return int(estimate) if 0 < estimate < float("inf") else None
 
     def _set_costs(self, costs: Mapping[str, int]) -> None:
         self.policy = self.policy.with_costs(costs)
@@ -305,6 +302,11 @@ class MaskCallback(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Projects once more, after averaging callbacks have written, and lets go of the model."""
+        if self._stash is not None:  # a run resumed at its end, where no training hook is called
+            self._timeline = self._restore(self._stash)
+            self._stash = None
+            if self._timeline is not None:
+                self._update_if_due()
         self._project()
         self._release()
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from lightning_prune.apportionment import (
     Pool,
     bounds,
-    check_reachable,
     compete,
     cost,
     share_out,
@@ -92,11 +91,11 @@ class Global:
 
     def check(self, pool: Pool, budget: int) -> None:
         """Refuses a budget outside the bounds."""
-        check_reachable(pool, budget, bounds(pool, self.min_density, self.max_density))
+        bounds(pool, budget, self.min_density, self.max_density)
 
     def split(self, pool: Pool, budget: int) -> list[Quota]:
         """One cut through the scores of all tensors."""
-        limits = bounds(pool, self.min_density, self.max_density)
+        limits = bounds(pool, budget, self.min_density, self.max_density)
         return compete(pool, pool.candidates, budget, limits)
 
 
@@ -120,11 +119,11 @@ class Uniform:
 
     def check(self, pool: Pool, budget: int) -> None:
         """Refuses a budget outside the bounds."""
-        check_reachable(pool, budget, bounds(pool, self.min_density, self.max_density))
+        bounds(pool, budget, self.min_density, self.max_density)
 
     def split(self, pool: Pool, budget: int) -> list[Quota]:
         """The same share of each tensor."""
-        limits = bounds(pool, self.min_density, self.max_density)
+        limits = bounds(pool, budget, self.min_density, self.max_density)
         return share_out(pool, budget, limits, lambda level: [level] * len(pool.units))
 
 
@@ -161,17 +160,17 @@ class ERK:
 
     def check(self, pool: Pool, budget: int) -> None:
         """Refuses a budget outside the bounds."""
-        check_reachable(pool, budget, bounds(pool, self.min_density, self.max_density))
+        bounds(pool, budget, self.min_density, self.max_density)
 
     def split(self, pool: Pool, budget: int) -> list[Quota]:
         """Shares from shapes alone."""
-        raw = [(sum(s) / max(1, math.prod(s))) ** self.power for s in pool.shapes]
+        raw = [(max(1, sum(s)) / max(1, math.prod(s))) ** self.power for s in pool.shapes]
         largest = 1 / min(raw)  # with this factor every tensor is dense
 
         def shares(level: float) -> list[float]:
             return [max(0.0, 1 - (1 - level) * largest * r) for r in raw]
 
-        limits = bounds(pool, self.min_density, self.max_density)
+        limits = bounds(pool, budget, self.min_density, self.max_density)
         return share_out(pool, budget, limits, shares)
 
 
@@ -216,6 +215,15 @@ class PerGlob:
                     fix="correct it or take it out; * crosses dots",
                 )
         own, whole = self._own(pool), cost(pool, pool.units)
+        for name, sparsity, n, cap in zip(pool.names, own, pool.units, pool.caps, strict=True):
+            if sparsity is not None and math.floor(sparsity * n) > cap:
+                raise refusal(
+                    "A sparsity by glob passes what pattern and min_density allow",
+                    where=f"allocation, {name}",
+                    got=f"sparsity {sparsity:g}",
+                    allowed=f"at most {cap / n:g}",
+                    fix="lower it, or lower min_density",
+                )
         fixed = cost(pool, [(s or 0.0) * n for s, n in zip(own, pool.units, strict=True)])
         free = [cap if s is None else 0 for s, cap in zip(own, pool.caps, strict=True)]
         rest = cost(pool, free)
@@ -229,7 +237,7 @@ class PerGlob:
                 allowed=f"a sparsity in [{fixed / whole:.6f}, {(fixed + rest) / whole:.6f}]",
                 fix=f"write sparsity={fixed / whole:.6f}, or change the sparsities by glob",
             )
-        check_reachable(pool, budget, bounds(pool, 0.0, 1.0))
+        bounds(pool, budget, 0.0, 1.0)
 
     def split(self, pool: Pool, budget: int) -> list[Quota]:
         """Fixed shares for the matched, one common share for the rest."""
@@ -241,7 +249,7 @@ class PerGlob:
                 return [min(1.0, 2 * level * (s or 0.0) * pool.progress) for s in own]
             return [level if s is None else s * pool.progress for s in own]
 
-        return share_out(pool, budget, bounds(pool, 0.0, 1.0), shares)
+        return share_out(pool, budget, bounds(pool, budget, 0.0, 1.0), shares)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,13 +280,13 @@ class LAMP:
                 allowed="'global', 'uniform', 'erk' or a sparsity per glob",
                 fix="choose one of these, or train with DDP",
             )
-        check_reachable(pool, budget, bounds(pool, self.min_density, self.max_density))
+        bounds(pool, budget, self.min_density, self.max_density)
 
     def split(self, pool: Pool, budget: int) -> list[Quota]:
         """Amounts from LAMP scores, then the lowest scores within each tensor."""
         keys = [order_keys(lamp_scores(pool.scores(i))) for i in range(len(pool.units))]
         units = replace(pool.candidates, keys=keys.__getitem__, sample=lambda i, n: keys[i][::n])
-        limits = bounds(pool, self.min_density, self.max_density)
+        limits = bounds(pool, budget, self.min_density, self.max_density)
         amounts = compete(pool, units, budget, limits)
         return [
             smallest(pool.candidates, [i], q.count * pool.costs[i])[i]
@@ -290,7 +298,8 @@ def lamp_scores(scores: Tensor) -> Tensor:
     """Divides each squared score by the sum of all squares that are not smaller.
 
     Args:
-        scores: Non-negative scores of one tensor's units, shape (U,); infinite ones stay so.
+        scores: Scores of one tensor's units, shape (U,); negative ones count as 0, infinite ones
+            stay infinite.
 
     Returns:
         float32 of shape (U,), in [0, 1]; the largest finite score gives 1, zeros give 0.
@@ -302,7 +311,7 @@ def lamp_scores(scores: Tensor) -> Tensor:
         >>> lamp_scores(torch.tensor([1.0, 2.0])).tolist()
         [0.20000000298023224, 1.0]
     """
-    ascending, order = scores.double().sort(stable=True)
+    ascending, order = scores.double().clamp_min(0).sort(stable=True)
     squares = torch.where(ascending.isinf(), 0.0, ascending.square())
     rest = squares.flip(0).cumsum(0).flip(0)
     values = torch.where(squares > 0, squares / rest, 0.0)

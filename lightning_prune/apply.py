@@ -37,13 +37,13 @@ def masked(tensor: Tensor, mask: Tensor) -> Tensor:
 def mask_moments_(optimizer: torch.optim.Optimizer, parameter: Tensor, mask: Tensor) -> None:
     """Zeroes the optimizer state of what a mask prunes, in place.
 
-    State of another shape than the parameter (step counters, factored moments) is left alone.
+    Step counters, and state of another shape than the parameter (factored moments), are left alone.
 
     Args:
         optimizer: The optimizer that owns the parameter.
         parameter: The parameter.
         mask: Bool, of the parameter's (local) shape; True = kept.
     """
-    for value in optimizer.state.get(parameter, {}).values():
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
+    for key, value in optimizer.state.get(parameter, {}).items():
+        if key != "step" and isinstance(value, Tensor) and value.shape == parameter.shape:
             mask_(value, mask)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_prune.errors import refusal
 from lightning_prune.threshold import Candidates, Quota, smallest
 
-__all__ = ["Bounds", "Pool", "bounds", "check_reachable", "compete", "cost", "share_out"]
+__all__ = ["Bounds", "Pool", "bounds", "compete", "cost", "share_out"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +23,7 @@ class Pool:
         shapes: Shapes of the whole tensors.
         units: Number of units of the whole tensors.
         caps: The most units that may be pruned.
+        done: Units pruned already, over all ranks; they are not given back while the budget grows.
         progress: The share of the final sparsity that is due, in [0, 1].
         scores: Gives tensor i's local unit scores, 1-D; infinite where a unit must stay.
         candidates: The same scores as order keys, with costs and shards.
@@ -32,6 +33,7 @@ class Pool:
     shapes: Sequence[tuple[int, ...]]
     units: Sequence[int]
     caps: Sequence[int]
+    done: Sequence[int]
     progress: float
     scores: Callable[[int], Tensor]
     candidates: Candidates
@@ -50,16 +52,20 @@ class Bounds:
     most: list[int]
 
 
-def bounds(pool: Pool, min_density: float, max_density: float) -> Bounds:
+def bounds(pool: Pool, budget: int, min_density: float, max_density: float) -> Bounds:
     """Turns bounds on densities into bounds on units, within what patterns allow.
 
     Args:
         pool: The tensors.
+        budget: The cost of what is to be pruned.
         min_density: The least density of any tensor, in [0, 1].
         max_density: The most density of any tensor at the final sparsity, in [0, 1].
 
     Returns:
         The fewest units to prune, scaled with the pool's progress, and the most.
+
+    Raises:
+        PruneError: If the budget lies outside; it says how much can be pruned.
     """
     most = [
         min(cap, n - math.ceil(min_density * n - 1e-9))
@@ -69,7 +75,10 @@ def bounds(pool: Pool, min_density: float, max_density: float) -> Bounds:
         min(math.floor((1 - max_density) * pool.progress * n + 1e-9), m)
         for m, n in zip(most, pool.units, strict=True)
     ]
-    return Bounds(least, most)
+    limits = Bounds(least, most)
+    _check_reachable(pool, budget, limits)
+    kept = [max(n, min(d, m)) for n, d, m in zip(least, pool.done, most, strict=True)]
+    return Bounds(kept, most) if cost(pool, kept) <= budget else limits
 
 
 def cost(pool: Pool, counts: Sequence[float]) -> float:
@@ -77,12 +86,7 @@ def cost(pool: Pool, counts: Sequence[float]) -> float:
     return math.fsum(k * c for k, c in zip(counts, pool.costs, strict=True))
 
 
-def check_reachable(pool: Pool, budget: int, limits: Bounds) -> None:
-    """Refuses a budget outside the bounds.
-
-    Raises:
-        PruneError: It says how much can be pruned, and which tensor is bound the tightest.
-    """
+def _check_reachable(pool: Pool, budget: int, limits: Bounds) -> None:
     least, most = cost(pool, limits.least), cost(pool, limits.most)
     if least <= budget <= most:
         return
@@ -136,24 +140,35 @@ def _give_back(
 def share_out(
     pool: Pool, budget: int, limits: Bounds, shares: Callable[[float], Sequence[float]]
 ) -> list[Quota]:
-    """Whole units from pruned shares that grow with one level in [0, 1]; total exact."""
+    """Whole units from pruned shares that grow with one level in [0, 1].
 
-    def ideal(level: float) -> list[float]:
+    The level is the one at which shares, each rounded to whole units, come up to the budget (a
+    divisor method): as the budget grows, no tensor's amount falls.
+
+    Args:
+        pool: The tensors.
+        budget: The cost to reach.
+        limits: The fewest and the most units of each tensor.
+        shares: Gives the share of each tensor at a level, in [0, 1], growing with the level.
+
+    Returns:
+        A quota per tensor, the lowest scores of each.
+    """
+
+    def counts(level: float) -> list[int]:
         rows = zip(pool.units, shares(level), limits.least, limits.most, strict=True)
-        return [min(max(n * share, least), most) for n, share, least, most in rows]
+        return [min(max(math.floor(n * s + 0.5), least), most) for n, s, least, most in rows]
 
     low, high = 0.0, 1.0
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if cost(pool, ideal(middle)) < budget else (low, middle)
-    exact = ideal(high)
-    counts = [math.floor(k + 1e-6) for k in exact]
-    left = budget - sum(k * c for k, c in zip(counts, pool.costs, strict=True))
-    order = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])  # largest remainder first
-    while left > 0:
-        for i in order:
-            if left > 0 and counts[i] < limits.most[i]:
-                counts[i] += 1
-                left -= pool.costs[i]
-    quotas = [smallest(pool.candidates, [i], n * pool.costs[i])[i] for i, n in enumerate(counts)]
+        low, high = (middle, high) if cost(pool, counts(middle)) < budget else (low, middle)
+    chosen, beyond = counts(low), counts(high)
+    left = budget - round(cost(pool, chosen))
+    for ceiling in (beyond, limits.most):  # those that round up at this very level, in order
+        for i, most in enumerate(ceiling):
+            more = min(max(0, -(-left // pool.costs[i])), max(0, most - chosen[i]))
+            chosen[i] += more
+            left -= more * pool.costs[i]
+    quotas = [smallest(pool.candidates, [i], n * pool.costs[i])[i] for i, n in enumerate(chosen)]
     return _give_back(quotas, pool, pool.candidates, budget, limits)

@@ -42,7 +42,7 @@ def refusal(what: str, *, where: str, got: object, allowed: str, fix: str) -> Pr
           allowed: a number in [0, 1)
           fix:     write sparsity=0.9
     """
-    shown = got if isinstance(got, str) else repr(got)
+    shown = got if isinstance(got, str) and got.strip() else repr(got)
     return PruneError(
         f"{what}.\n  where:   {where}\n  got:     {shown}\n  allowed: {allowed}\n  fix:     {fix}"
     )

@@ -136,17 +136,18 @@ class MaskSet(Mapping[str, Tensor]):
                 allowed="one mask for each selected weight",
                 fix="use the model, targets and exclude that the checkpoint was written with",
             )
+        shapes = {name: tuple(int(n) for n in state[name]["shape"]) for name in self}
         for name, mask in self._masks.items():
-            shape = tuple(int(n) for n in state[name]["shape"])
-            if shape != tuple(mask.shape):
+            if shapes[name] != tuple(mask.shape):
                 raise refusal(
                     "The checkpoint's mask is for a weight of another shape",
                     where=name,
-                    got=str(shape),
+                    got=str(shapes[name]),
                     allowed=str(tuple(mask.shape)),
                     fix="use the model that the checkpoint was written with",
                 )
-            self[name] = unpack(state[name]["bits"].to(mask.device), shape)
+        for name, mask in list(self._masks.items()):
+            self[name] = unpack(state[name]["bits"].to(mask.device), shapes[name])
 
 
 def pruned_fraction(masks: MaskSet, targets: Sequence[Target], shards: Shards) -> float:

@@ -140,9 +140,9 @@ class NM:
 
     def unit_scores(self, target: Target, scores: Tensor) -> Tensor:
         """The scores, flat, infinite for the N best of each group (later ones on ties)."""
-        scores = scores.clone()
+        scores = scores.clone(memory_format=torch.contiguous_format)
         view = target.canonical(scores)
-        groups = view.reshape(*view.shape[:3], -1, self.m)
+        groups = view.reshape(*view.shape[:3], view.shape[3] // self.m, self.m)
         best = groups.argsort(dim=-1, stable=True)[..., self.m - self.n :]
         groups = groups.scatter(-1, best, float("inf"))
         view.copy_(groups.view(view.shape))
@@ -187,17 +187,23 @@ class _Groups:
 
     def unit_scores(self, target: Target, scores: Tensor) -> Tensor:
         """Pooled scores."""
+        if not scores.numel():
+            return scores.reshape(-1)
         groups = self._grouped(target, scores)
         pooled = groups.mean((2, 4, 6)) if self.pooling == "mean" else groups.amax((2, 4, 6))
         return pooled.reshape(-1)
 
     def unit_mask(self, target: Target, mask: Tensor) -> Tensor:
         """Groups with any kept weight."""
+        if not mask.numel():
+            return mask.reshape(-1)
         return self._grouped(target, mask.view(torch.uint8)).amax((2, 4, 6)).bool().reshape(-1)
 
     def expand(self, target: Target, kept: Tensor) -> Tensor:
         """Every weight of the kept groups."""
         mask = torch.empty(target.local.shape, dtype=torch.bool, device=kept.device)
+        if not mask.numel():
+            return mask
         view = target.canonical(mask)
         a, c, b = self.sides(_canonical_shape(target))
         g, o, k, i = view.shape
@@ -255,7 +261,7 @@ class Block(_Groups):
                 fix=f"exclude it with exclude=[{target.name!r}], or choose another block",
             )
         if target.sharded and (
-            target.layout not in ("linear", "conv", "table") or target.local.shape[0] % self.rows
+            target.layout not in ("linear", "conv", "table") or target.rows_per_rank % self.rows
         ):
             raise _needs_whole(target, f"block:{self.rows}x{self.columns}")
 

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_prune.allocation import Allocation
 from lightning_prune.apportionment import Pool
 from lightning_prune.criteria.base import Criterion
 from lightning_prune.distributed import Shards
 from lightning_prune.errors import refusal
-from lightning_prune.patterns import Pattern
+from lightning_prune.patterns import Pattern, Unstructured
 from lightning_prune.targets import Target
 from lightning_prune.threshold import Candidates, order_keys, take
 
@@ -31,6 +31,8 @@ class Policy:
         allocation: How the budget spreads over tensors.
         min_density: The least density of any tensor, in [0, 1]; one unit always stays.
         costs: Cost of one weight by parameter name, positive integers; names left out cost 1.
+        regrow: Whether pruned weights compete anew at every update; otherwise they stay pruned
+            for as long as the sparsity does not fall.
     """
 
     criterion: Criterion
@@ -38,6 +40,19 @@ class Policy:
     allocation: Allocation
     min_density: float = 0.0
     costs: Mapping[str, int] = field(default_factory=dict)
+    regrow: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the least density and the costs."""
+        if not 0 <= self.min_density <= 1 or any(c < 1 for c in self.costs.values()):
+            raise refusal(
+                "A policy's numbers are out of range",
+                where="Policy(min_density=..., costs=...)",
+                got=f"min_density={self.min_density}, least cost "
+                f"{min(self.costs.values(), default=1)}",
+                allowed="min_density in [0, 1], costs >= 1",
+                fix="correct them",
+            )
 
     def with_costs(self, costs: Mapping[str, int]) -> Policy:
         """The same policy with other costs."""
@@ -52,8 +67,7 @@ class Policy:
             shards: How they are split over ranks.
 
         Raises:
-            PruneError: If the pattern does not fit a weight or the sparsity, or the budget cannot
-                be met.
+            PruneError: If the pattern does not fit a weight, or the budget cannot be met.
         """
         for target in targets:
             self.pattern.check(target)
@@ -108,15 +122,27 @@ class Policy:
         shards: Shards,
     ) -> Pool:
         pattern, criterion = self.pattern, self.criterion
+        wide = any(t.local.dtype == torch.float64 for t in targets)
+        alone = isinstance(pattern, Unstructured)
+        settled = bool(masks) and not self.regrow
 
         def scores(i: int) -> Tensor:
-            return pattern.unit_scores(targets[i], criterion.score(targets[i]))
+            given = criterion.score(targets[i])
+            given = given.double() if wide else given
+            if settled and not alone:
+                # within and between groups, too, what is pruned goes before what is merely zero
+                given = given - (~masks[targets[i].name]).to(given.dtype)
+            return pattern.unit_scores(targets[i], given)
 
         def keys(i: int) -> Tensor:
             return order_keys(scores(i))
 
         def sample(i: int, every: int) -> Tensor:
-            return keys(i)[::every]
+            if not (alone and getattr(criterion, "elementwise", False)):
+                return keys(i)[::every]
+            part = nn.Parameter(targets[i].local.reshape(-1)[::every], requires_grad=False)
+            given = criterion.score(replace(targets[i], parameter=part, layout="vector"))
+            return order_keys(given.double() if wide else given)
 
         def pruned(i: int) -> Tensor:
             return ~pattern.unit_mask(targets[i], masks[targets[i].name])
@@ -124,6 +150,12 @@ class Policy:
         sizes = [max(1, pattern.unit_size(t)) for t in targets]
         units = [t.size // n for t, n in zip(targets, sizes, strict=True)]
         least = [max(min(1, n), math.ceil(self.min_density * n - 1e-9)) for n in units]
+        done = torch.zeros(len(targets), dtype=torch.int64)
+        if settled:
+            for i, target in enumerate(targets):
+                if target.sharded or shards.rank == 0:
+                    done[i] = int(torch.count_nonzero(pruned(i)))
+            shards.sum(done)
         return Pool(
             names=[t.name for t in targets],
             shapes=[tuple(t.shape) for t in targets],
@@ -132,6 +164,7 @@ class Policy:
                 min(pattern.cap(t), n - kept)
                 for t, n, kept in zip(targets, units, least, strict=True)
             ],
+            done=done.tolist(),
             progress=progress,
             scores=scores,
             candidates=Candidates(

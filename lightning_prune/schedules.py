@@ -47,7 +47,7 @@ class Polynomial:
     Source: Zhu & Gupta 2017, arXiv:1710.01878, eq. 1.
 
     Example:
-        >>> Polynomial(power=3).value(0.5, initial=0.0, final=0.8)
+        >>> round(Polynomial(power=3).value(0.5, initial=0.0, final=0.8), 9)
         0.7
     """
 
@@ -67,7 +67,8 @@ class Polynomial:
 
     def value(self, progress: float, initial: float, final: float) -> float:
         """Sparsity at a progress in [0, 1]."""
-        return float(final + (initial - final) * (1 - progress) ** self.power)
+        left: float = (1 - progress) ** self.power
+        return final * (1 - left) + initial * left
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,6 +80,17 @@ class Target:
         return isinstance(self.parameter, DTensor)
 
     @property
+    def rows_per_rank(self) -> int:
+        """How many entries of dimension 0 a rank holds at most; all of them when not sharded."""
+        rows = self.shape[0] if self.shape else 1
+        if isinstance(self.parameter, DTensor):
+            mesh = self.parameter.device_mesh
+            for dimension, placement in enumerate(self.parameter.placements):
+                if placement.is_shard():
+                    rows = -(-rows // mesh.size(dimension))
+        return rows
+
+    @property
     def local(self) -> Tensor:
         """What this rank holds of it, sharing its storage, outside autograd."""
         parameter = self.parameter
@@ -106,7 +117,7 @@ class Target:
             return x.unsqueeze(2)
         if self.layout == "experts_transposed":
             return x.transpose(1, 2).unsqueeze(2)
-        return x.view(1, x.shape[0], 1, -1)
+        return x.flatten(1).unsqueeze(0).unsqueeze(2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -347,7 +358,8 @@ def select(
                     fix="run `lightning-prune plan` to see all the names; * crosses dots",
                 )
     if not chosen:
-        reasons = sorted({e.reason for e in excluded}) or ["the model has no parameters"]
+        matched = [e.reason for e in excluded if not wanted or _any_match(wanted, [e.name])]
+        reasons = sorted(set(matched)) or ["the model has no parameters"]
         raise refusal(
             "Nothing is selected, so nothing would be pruned",
             where="targets" if wanted else type(model).__name__,

@@ -53,6 +53,7 @@ def policy(
     allocation: Allocation | None = None,
     min_density: float = 0.0,
     costs: Mapping[str, int] | None = None,
+    regrow: bool = False,
 ) -> Policy:
     """A policy with the defaults of the public contract."""
     return Policy(
@@ -61,6 +62,7 @@ def policy(
         allocation=allocation or Global(),
         min_density=min_density,
         costs=costs or {},
+        regrow=regrow,
     )
 
 

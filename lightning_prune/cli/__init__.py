@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -76,6 +77,11 @@ def main(args: Sequence[str] | None = None) -> int:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)
+    # A new head is what fine-tuning is about: no report that it is new. And where nothing can be
+    # downloaded, no progress bar for what is read from the disk.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from lightning_prune.cli.commands import run
 
     return run(command, given[1:])

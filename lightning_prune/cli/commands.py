@@ -10,7 +10,16 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_prune.errors import PruneError
 
-__all__ = ["run"]
+__all__ = ["explain", "run", "shorten"]
+
+# Of jsonargparse's messages.
+_PROBLEM = "- Problem with given class_path"
+_CHATTER = (
+    "Does not validate against any of the Union",
+    "Subtypes:",
+    "Errors:",
+    "Given value type",
+)
 
 
 def run(command: str, args: Sequence[str]) -> int:
@@ -52,7 +61,7 @@ def explain(error: BaseException) -> str | None:
     while cause is not None:
         if isinstance(cause, PruneError):
             return str(cause)
-        cause = cause.__cause__ or cause.__context__
+        cause = cause.__cause__
     if isinstance(error, ArgumentError):
         return shorten(error.message or str(error))
     if isinstance(error, MisconfigurationException):
@@ -85,9 +94,11 @@ def shorten(message: str) -> str:
         indent = len(line) - len(line.lstrip())
         if kept and indent <= depth:
             break
-        if "- Problem with given class_path" in line:
+        if _PROBLEM in line:
             # Of problems within problems, the innermost.
             kept, depth = ["  " + line.strip().removeprefix("- ")], indent
         elif kept:
             kept.append("    " + line.strip())
-    return "\n".join([lines[0], *kept]) if kept else "\n".join(lines)
+    if kept:
+        return "\n".join([lines[0], *kept])
+    return "\n".join(line for line in lines if not line.strip().startswith(_CHATTER))

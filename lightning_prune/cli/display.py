@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from lightning_prune.callbacks.base import MaskCallback
 from lightning_prune.cli.outcome import Outcome, main_metric, sparsity_of
 from lightning_prune.cli.planning import NOMINAL_STEPS, Plans
 from lightning_prune.reports.wording import percent, rich_table, size
@@ -93,9 +94,9 @@ def show_plans(plans: Plans) -> None:
 
 
 @rank_zero_only
-def show_sparsity(module: nn.Module) -> None:
+def show_sparsity(module: nn.Module, callbacks: tuple[MaskCallback, ...]) -> None:
     """Prints how sparse a module is."""
-    _console().print(sparsity_of(module))
+    _console().print(sparsity_of(module, callbacks))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -104,13 +105,18 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @rank_zero_only
-def show_outcome(outcome: Outcome) -> None:
-    """Prints the layers, both results, and where everything is."""
+def show_outcome(outcome: Outcome, *, saved: bool) -> None:
+    """Prints the layers, both results, and where everything is.
+
+    Args:
+        outcome: Of the run.
+        saved: Whether the model could be saved.
+    """
     console = _console()
     console.print()
     console.print(outcome.pruned.sparsity)
     console.print(_results(outcome))
-    console.print(_places(outcome))
+    console.print(_places(outcome, saved))
     console.print()
     if find_spec("matplotlib") is None:
         note("Plots need matplotlib: pip install 'lightning-prune[plots]'")
@@ -143,9 +149,9 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def _places(outcome: Outcome) -> Table:
+def _places(outcome: Outcome, saved: bool) -> Table:
     table = Table.grid(padding=(0, 2))
-    for what, where, comment in _saved(outcome):
+    for what, where, comment in _written(outcome, saved):
         table.add_row(Text(what), Text(_relative(where), style="bold"), Text(comment, style="dim"))
     return table
 
@@ -155,12 +161,11 @@ def _relative(path: Path) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def _saved(outcome: Outcome) -> Iterator[tuple[str, Path, str]]:
+def _written(outcome: Outcome, saved: bool) -> Iterator[tuple[str, Path, str]]:
     folder = outcome.folder
-    if outcome.network is not None and folder.model.is_dir():
-        kind = type(outcome.network).__name__
+    if saved and outcome.network is not None:
         bytes_ = sum(f.stat().st_size for f in folder.model.glob("*.safetensors"))
-        yield "model", folder.model, f"{size(bytes_)}, loads with {kind}.from_pretrained"
+        yield "model", folder.model, f"{size(bytes_)}, for transformers"
     if outcome.checkpoint is not None and outcome.checkpoint.exists():
         yield "checkpoint", outcome.checkpoint, "to resume from: --ckpt_path"
     for what, path, comment in (

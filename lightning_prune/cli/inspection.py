@@ -49,6 +49,7 @@ def _parser() -> ArgumentParser:
         description="Shows how sparse a saved model is, layer by layer.",
         exit_on_error=False,
     )
+    globs = list[str] | str | None
     parser.add_argument(
         "path",
         type=str,
@@ -62,10 +63,10 @@ def _parser() -> ArgumentParser:
         help="The LightningModule of a checkpoint that was not trained with `lightning-prune fit`.",
     )
     parser.add_argument(
-        "--targets", type=list[str] | None, default=None, help="Globs of the weights to count."
+        "--targets", type=globs, default=None, help="Globs of the weights to count, one or a list."
     )
     parser.add_argument(
-        "--exclude", type=list[str] | None, default=None, help="Globs of the weights to leave out."
+        "--exclude", type=globs, default=None, help="Globs of what to leave out, one or a list."
     )
     parser.add_argument("--json", type=str | None, default=None, help="A file for the report.")
     parser.add_argument("--plot", type=str | None, default=None, help="A file for the plot.")

@@ -78,7 +78,13 @@ class RunFolder:
         """What was logged before the run was resumed."""
         return self.path / "metrics-before.csv"
 
-    def prepare(self, *, resuming: bool) -> None:
+    def keep_history(self) -> None:
+        """Puts aside what was logged so far: CSVLogger begins a new file."""
+        rows = [*_rows(self.earlier), *_rows(self.metrics)]
+        if rows:
+            _write_rows(self.earlier, rows)
+
+    def clear(self, *, resuming: bool) -> None:
         """Removes the results of an earlier run; a resumed run keeps what it had logged.
 
         Args:
@@ -88,11 +94,6 @@ class RunFolder:
             stale.unlink(missing_ok=True)
         if not resuming:
             self.earlier.unlink(missing_ok=True)
-        elif self.metrics.exists():
-            rows = [*_rows(self.earlier), *_rows(self.metrics)]
-            _write_rows(self.earlier, rows)
-        # CSVLogger would remove it, too, but not before it is there again.
-        self.metrics.unlink(missing_ok=True)
 
     def history(self) -> list[dict[str, str]]:
         """What was logged, from the first step on."""
@@ -143,8 +144,12 @@ class Outcome:
 
     @property
     def network(self) -> nn.Module | None:
-        """The transformers model in the module, if there is one."""
-        return next((m for m in self.module.modules() if hasattr(m, "save_pretrained")), None)
+        """The transformers model in the module, if there is one and it holds all the weights."""
+        for module in self.module.modules():
+            if hasattr(module, "save_pretrained") and hasattr(module, "base_model_prefix"):
+                inside = {id(parameter) for parameter in module.parameters()}
+                return module if all(id(p) in inside for p in self.module.parameters()) else None
+        return None
 
     @property
     def checkpoint(self) -> Path | None:

@@ -118,8 +118,9 @@ def _run_length(trainer: L.Trainer, ranks: int) -> int | None:
         return None
     if ranks == 1 or trainer.max_epochs in (None, -1):
         return int(steps)
-    limit: int | float = trainer.limit_train_batches  # type: ignore[attr-defined]
-    whole = math.ceil(len(trainer.train_dataloader) / ranks)
+    limit: int | float = trainer.limit_train_batches
+    loader: Any = trainer.train_dataloader
+    whole = math.ceil(len(loader) / ranks)
     batches = min(limit, whole) if isinstance(limit, int) else int(whole * limit)
     total = math.ceil(batches / trainer.accumulate_grad_batches) * int(trainer.max_epochs or 1)
     return min(total, trainer.max_steps) if trainer.max_steps > 0 else total

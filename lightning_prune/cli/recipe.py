@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 import warnings
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ from typing import Any
 
 import lightning as L
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -26,6 +28,8 @@ from lightning_prune.errors import PruneError, refusal
 
 __all__ = ["PruneCLI", "PruneTrainer"]
 
+_OPTIONS = ("output_dir", "compare_dense", "total_steps", "ckpt_path")  # or with dashes
+
 
 class PruneTrainer(L.Trainer):
     """A Trainer that has the commands of the command line as methods, as LightningCLI asks for."""
@@ -35,7 +39,7 @@ class PruneTrainer(L.Trainer):
         model: L.LightningModule,
         datamodule: L.LightningDataModule | None = None,
         total_steps: int | None = None,
-        json_file: str | None = None,
+        json: str | None = None,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
@@ -45,7 +49,7 @@ class PruneTrainer(L.Trainer):
             model: The module.
             datamodule: Its data.
             total_steps: Optimizer steps of the run; null asks the data and the Trainer's limits.
-            json_file: A file to write the plan to.
+            json: A file to write the plan to.
             ckpt_path: Of fit; not looked at.
             weights_only: Of fit; not looked at.
         """
@@ -88,8 +92,9 @@ class PruneCLI(LightningCLI):
             "--output_dir",
             type=str,
             default="runs/latest",
-            help="Folder for the model, the checkpoint, the report and the plots of fit. What an "
-            "earlier run left there is replaced.",
+            help="Folder for what fit leaves: the checkpoint, the report, two plots and, if all "
+            "weights of the module are those of a transformers model, that model as stock "
+            "transformers loads it. What an earlier run left there is replaced.",
         )
         parser.add_argument(
             "--compare_dense",
@@ -103,7 +108,11 @@ class PruneCLI(LightningCLI):
         """Parses `args`; those of the process are not looked at."""
         if not isinstance(args, list):
             raise TypeError("PruneCLI takes a list of arguments")
-        self.config = parser.parse_args(args)
+        dashed = {f"--{name.replace('_', '-')}": f"--{name}" for name in _OPTIONS}
+        spelt = [arg.partition("=") for arg in args]
+        self.config = parser.parse_args(
+            [dashed.get(name, name) + sign + value for name, sign, value in spelt]
+        )
 
     # The objects ----------------------------------------------------------------------------------
 
@@ -137,12 +146,15 @@ class PruneCLI(LightningCLI):
             kwargs: Arguments of the Trainer in place of the configured ones.
         """
         given: Namespace = self.config_init[self.config["subcommand"]]["trainer"]
-        if self.subcommand == "fit":
-            changes = self._results_in(self.folder, given)
-        else:
-            # They train nothing, so they must not touch what a run has left.
+        changes: dict[str, Any] = {"callbacks": self._callbacks(given)}
+        if given["default_root_dir"] is None:
+            changes["default_root_dir"] = str(self.folder.path)
+        if self.subcommand != "fit" or given["fast_dev_run"]:
+            # Nothing is trained, so nothing that a run has left may be touched.
             self.save_config_callback = None
-            changes = {"logger": False}
+            changes["logger"] = False
+        elif given["logger"] in (None, True):
+            changes["logger"] = CSVLogger(self.folder.path, name="", version="")
         if self.subcommand == "plan":
             changes |= {
                 "accelerator": "cpu",
@@ -154,28 +166,24 @@ class PruneCLI(LightningCLI):
                 "enable_progress_bar": False,
                 "num_sanity_val_steps": 0,
             }
-        return super().instantiate_trainer(**{**changes, **kwargs})
+        try:
+            return super().instantiate_trainer(**{**changes, **kwargs})
+        except ValueError as error:  # of a strategy, an accelerator or a precision of that name
+            raise MisconfigurationException(str(error)) from error
 
-    def _results_in(self, folder: RunFolder, given: Namespace) -> dict[str, Any]:
-        """The Trainer's arguments that put logs and checkpoints where the rest is."""
-        callbacks = _as_list(given["callbacks"])
-        if given["fast_dev_run"] or given["barebones"]:
-            return {}
-        changes: dict[str, Any] = {}
-        if given["default_root_dir"] is None:
-            changes["default_root_dir"] = str(folder.path)
-        if given["logger"] in (None, True):
-            changes["logger"] = CSVLogger(folder.path, name="", version="")
-        bars = given["enable_progress_bar"] is not False
-        if bars and not any(isinstance(c, ProgressBar) for c in callbacks):
+    def _callbacks(self, given: Namespace) -> list[Callback]:
+        """The configured callbacks, with a progress bar and a checkpoint if they are wanted."""
+        callbacks: list[Callback] = _as_list(given["callbacks"])
+        bar = given["enable_progress_bar"] is not False and self.subcommand != "plan"
+        if bar and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(display.progress_bar())
-        saves = given["enable_checkpointing"] is not False
+        saves = given["enable_checkpointing"] is not False and not given["fast_dev_run"]
         if saves and not any(isinstance(c, Checkpoint) for c in callbacks):
-            last = ModelCheckpoint(
-                folder.checkpoints, filename="last", enable_version_counter=False
-            )
-            callbacks.append(last)
-        return {**changes, "callbacks": callbacks}
+            place = self.folder.checkpoints
+            callbacks.append(ModelCheckpoint(place, filename="last", enable_version_counter=False))
+        if self.subcommand == "fit":
+            callbacks.append(_Clear(self.folder, resuming=bool(self.options.get("ckpt_path"))))
+        return callbacks
 
     # fit ------------------------------------------------------------------------------------------
 
@@ -190,7 +198,8 @@ class PruneCLI(LightningCLI):
                 allowed="true beside at least one callback of lightning_prune.callbacks",
                 fix="add one to trainer.callbacks, or write compare_dense: false",
             )
-        self.folder.prepare(resuming=self.options.get("ckpt_path") is not None)
+        if self.options.get("ckpt_path") and self.trainer.is_global_zero:
+            self.folder.keep_history()
         if self._compare:
             display.heading("run 1 of 2: with pruning")
         self._began = time.perf_counter()
@@ -202,7 +211,9 @@ class PruneCLI(LightningCLI):
             return
         pruning = tuple(self._pruning())
         pruned = self._measure(self._began, pruning)
+        # The dense run puts others in their place.
         model, data, trainer = self.model, self.datamodule, self.trainer
+        recipe = self._recipe()
         outcome = Outcome(
             module=model,
             data=data,
@@ -211,7 +222,7 @@ class PruneCLI(LightningCLI):
             pruned=pruned,
             dense=self._fit_dense(pruning) if self._compare else None,
             folder=self.folder,
-            recipe=self._recipe(),
+            recipe=recipe,
         )
         self._report(outcome)
 
@@ -231,7 +242,7 @@ class PruneCLI(LightningCLI):
             write(outcome)
         except PruneError as error:
             refused = error
-        display.show_outcome(outcome)
+        display.show_outcome(outcome, saved=refused is None)
         if refused is not None:
             raise refused
 
@@ -264,13 +275,10 @@ class PruneCLI(LightningCLI):
         self.model, self.datamodule = fresh["model"], fresh["data"]
         callbacks = [
             c
-            for c in _as_list(fresh["trainer"]["callbacks"])
-            if not isinstance(c, MaskCallback | Checkpoint)
+            for c in self._callbacks(fresh["trainer"])
+            if not isinstance(c, MaskCallback | Checkpoint | _Clear)
         ]
-        if not any(isinstance(c, ProgressBar) for c in callbacks):
-            callbacks.append(display.progress_bar())
         self.save_config_callback = None
-        folder.prepare(resuming=False)
         self.trainer = self.instantiate_trainer(
             callbacks=callbacks,
             enable_checkpointing=False,
@@ -285,14 +293,14 @@ class PruneCLI(LightningCLI):
 
     def after_validate(self) -> None:
         """Shows how sparse the model is that was measured."""
-        display.show_sparsity(self.model)
+        display.show_sparsity(self.model, tuple(self._pruning()))
 
     def plan(
         self,
         model: L.LightningModule,
         datamodule: L.LightningDataModule | None = None,
         total_steps: int | None = None,
-        json_file: str | None = None,
+        json: str | None = None,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
@@ -301,8 +309,21 @@ class PruneCLI(LightningCLI):
             self.trainer, model, datamodule, total_steps, ranks_of(self.options["trainer"])
         )
         display.show_plans(plans)
-        if json_file is not None:
-            display.write_json(Path(json_file), [found.to_dict() for found in plans.plans])
+        if json is not None:
+            display.write_json(Path(json), [found.to_dict() for found in plans.plans])
+
+
+class _Clear(Callback):
+    """Removes what an earlier run left, when nothing is refused any more."""
+
+    def __init__(self, folder: RunFolder, *, resuming: bool) -> None:
+        self.folder = folder
+        self.resuming = resuming
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Comes after that of all pruning callbacks."""
+        if trainer.is_global_zero:
+            self.folder.clear(resuming=self.resuming)
 
 
 def _as_list(callbacks: Any) -> list[Any]:
@@ -313,6 +334,8 @@ def _as_list(callbacks: Any) -> list[Any]:
 
 def _quieten() -> None:
     """Leaves out what Lightning says of devices, seeds and folders that are as they should be."""
+    # Lightning 2.6 calls jsonargparse in a way that is about to be retired.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (

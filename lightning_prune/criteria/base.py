@@ -13,7 +13,11 @@ __all__ = ["Criterion"]
 
 @runtime_checkable
 class Criterion(Protocol):
-    """Gives every weight a score; the lowest are pruned first."""
+    """Gives every weight a score; the lowest are pruned first.
+
+    A criterion may set ``elementwise = True`` to say that a weight's score depends on that weight
+    alone; the search for a threshold is then a little faster.
+    """
 
     def score(self, target: Target) -> Tensor:
         """Scores of one weight tensor.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class Magnitude:
         >>> Magnitude().score(select(torch.nn.Sequential(layer)).targets[0]).tolist()
         [[0.5, 0.5]]
     """
+
+    elementwise: ClassVar[bool] = True
 
     def score(self, target: Target) -> Tensor:
         """Absolute values, float32 or float64, of the weight's local shape."""

@@ -46,7 +46,7 @@ class Random:
     def score(self, target: Target) -> Tensor:
         """Uniform draws, float32 (float64 for float64 weights), of the weight's local shape."""
         weight = target.local
-        draw = self.seed * 2**32 + zlib.crc32(target.name.encode())
+        draw = zlib.crc32(f"{self.seed}:{target.name}".encode())  # the generator uses 32 bits
         generator = torch.Generator().manual_seed(draw)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         whole = torch.rand(target.shape, generator=generator, dtype=dtype)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
+import torch
 from _pytest.terminal import TerminalReporter
+
+from tests.conformance.ranks import start_ranks
 
 
 def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
@@ -24,6 +30,20 @@ def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     """The network is so small that a second thread only waits."""
-    import torch
-
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Starts the two processes of law 5 at once, so that they import while other tests run."""
+    if any("ranks" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        with start_ranks(tmp_path_factory.mktemp("ranks")) as join:
+            yield join
+    else:
+        yield None
+
+
+@pytest.fixture(scope="session")
+def ranks(pair: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What two processes saw, by callback and row."""
+    return pair()

@@ -51,12 +51,16 @@ def any_sparsity(case: Case, folder: Path) -> None:
 
 @check(2, "sparsity")
 def ties(case: Case, folder: Path) -> None:
-    for values in ([0.5], [-1.0, 1.0], [-2.0, 0.0, 1.0]):
+    for precision, values in (
+        ("32-true", [0.5]),
+        ("64-true", [-1.0, 1.0]),
+        ("bf16-true", [-2.0, 0.0, 1.0]),
+    ):
         model = case.model(optimizer="still")
         with torch.no_grad():
             for p in model.parameters():
                 p.copy_(torch.tensor(values).repeat(p.numel())[: p.numel()].view_as(p))
-        assert_exact(quick(case, model, sparsity=0.6), 0.6)
+        assert_exact(quick(case, model, {"precision": precision}, sparsity=0.6), 0.6)
 
 
 @check(2, "sparsity")
@@ -247,5 +251,6 @@ def every_step_is_logged(case: Case, folder: Path) -> None:
     callback = case.make()
     trainer = train(case.model(), callback)
     pruned, total = count(callback.masks)
+    assert {"sparsity/actual", "sparsity/target"} <= set(trainer.callback_metrics)
     assert float(trainer.callback_metrics["sparsity/actual"]) == pytest.approx(pruned / total)
     assert float(trainer.callback_metrics["sparsity/target"]) == pytest.approx(0.5)

@@ -31,9 +31,13 @@ ALWAYS = ("after a step", "after a batch", "at the end of training", "at the end
 
 
 def watched(
-    case: Case, model: Any, *first: L.Callback, wanted: dict[str, Any] | None = None, **settings: Any
+    case: Case,
+    model: Any,
+    *first: L.Callback,
+    wanted: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> tuple[Watch, L.Trainer]:
-    """A run in which zeros stay and the final budget is met; ``first`` stand before the callback."""
+    """A run that meets the final budget; ``first`` stand before the callback."""
     callback = case.make(**(wanted or {}))
     watch = Watch(callback)
     trainer = train(model, *first, callback, watch, **settings)
@@ -57,9 +61,7 @@ def optimizers(case: Case, folder: Path) -> None:
 
 @check(3)
 def accumulation(case: Case, folder: Path) -> None:
-    watch, trainer = watched(
-        case, case.model(), wanted=shorter(case), accumulate_grad_batches=2
-    )
+    watch, trainer = watched(case, case.model(), wanted=shorter(case), accumulate_grad_batches=2)
     assert trainer.global_step == EPOCHS * -(-BATCHES // 2)
     watch.assert_zeros(*ALWAYS)
 
@@ -138,20 +140,22 @@ def skipped_steps(case: Case, folder: Path) -> None:
 @check(3)
 def averages(case: Case, folder: Path) -> None:
     """Under EMA: at validation, in every checkpoint, and in the final weights, which it gives."""
-    model, callback = case.model(), case.make()
-    average, watch = EMAWeightAveraging(decay=0.7), Watch(callback)
-    saver = ModelCheckpoint(folder, save_top_k=-1, every_n_train_steps=1, filename="{step}")
-    train(model, average, callback, watch, saver, validate=True)
-    watch.assert_zeros(*ALWAYS[:2], "at validation", "after validation", "at the end of fit")
-    assert_exact(watch, 0.5)
-    for step, masks in watch.masks.items():
-        saved = torch.load(folder / f"step={step}.ckpt", weights_only=True)
-        for key in ("state_dict", "current_model_state"):
-            for name, mask in masks.items():
-                assert not saved[key][name][~mask].any(), f"{key} {name} at step {step}"
-    name = next(iter(callback.masks))
-    assert not same_bits(saved["state_dict"][name], saved["current_model_state"][name])
-    assert same_bits(weights(model)[name], saved["state_dict"][name]), "not the average's weights"
+    for validate in (True, False):
+        model, callback, place = case.model(), case.make(), folder / str(validate)
+        average, watch = EMAWeightAveraging(decay=0.7), Watch(callback)
+        saver = ModelCheckpoint(place, save_top_k=-1, every_n_train_steps=1, filename="{step}")
+        train(model, average, callback, watch, saver, validate=validate)
+        moments = ("at validation", "after validation") if validate else ()
+        watch.assert_zeros(*ALWAYS[:2], *moments, "at the end of fit")
+        assert_exact(watch, 0.5)
+        for step, masks in watch.masks.items():
+            saved = torch.load(place / f"step={step}.ckpt", weights_only=True)
+            for key in ("state_dict", "current_model_state"):
+                for name, mask in masks.items():
+                    assert not saved[key][name][~mask].any(), f"{key} {name} at step {step}"
+        name = next(iter(callback.masks))
+        assert not same_bits(saved["state_dict"][name], saved["current_model_state"][name])
+        assert same_bits(weights(model)[name], saved["state_dict"][name]), "not the average"
 
 
 @check(3)

@@ -72,9 +72,7 @@ def resumes_everywhere(
         lead = [saver] if saver and early else []
         tail = [saver] if saver and not early else []
         plain = {k: v() if callable(v) else v for k, v in settings.items()}
-        trainer = train(
-            model(seed=seed), *lead, *first(), *ours, *tail, ckpt_path=resume, **plain
-        )
+        trainer = train(model(seed=seed), *lead, *first(), *ours, *tail, ckpt_path=resume, **plain)
         return end_of(trainer, ours)
 
     straight = run(0, saver=SaveAlways(folder), resume=None)
@@ -82,7 +80,9 @@ def resumes_everywhere(
     wrong = []
     for file in files:
         resumed = run(1, saver=None, resume=file)
-        parts = [part for part, expected in straight.items() if not same_bits(resumed[part], expected)]
+        parts = [
+            part for part, expected in straight.items() if not same_bits(resumed[part], expected)
+        ]
         if parts:
             wrong.append(f"{', '.join(parts)} at step {file.stem} of {files[-1].stem}")
     assert not wrong, "resumed runs differ in " + "; ".join(wrong)
@@ -98,18 +98,21 @@ def every_step(case: Case, folder: Path) -> None:
 @check(4)
 def adamw(case: Case, folder: Path) -> None:
     wanted = shorter(case, start=2, end=5)
-    assert 6 == resumes_everywhere(
-        folder,
-        lambda seed: case.model(seed=seed, optimizer="adamw"),
-        lambda: [case.make(**wanted)],
-        max_steps=6,
-        max_epochs=-1,
+    assert (
+        resumes_everywhere(
+            folder,
+            lambda seed: case.model(seed=seed, optimizer="adamw"),
+            lambda: [case.make(**wanted)],
+            max_steps=6,
+            max_epochs=-1,
+        )
+        == 6
     )
 
 
 @check(4)
 def checkpoint_before_an_update(case: Case, folder: Path) -> None:
-    """A checkpoint may be written when the step is made and the update is not yet, at the last too."""
+    """Written when the step is made and the update is not yet; the last one too."""
     wanted = shorter(case, start=1, end=6)
     saved = resumes_everywhere(
         folder,
@@ -141,7 +144,7 @@ def accumulation(case: Case, folder: Path) -> None:
 def fractions(case: Case, folder: Path) -> None:
     """Asking how long the run is must not disturb the loader's place."""
     wanted = {"start": 0.25, "end": 0.75} | ({"every": 1} if "every" in case.arguments else {})
-    assert 10 == resumes_everywhere(folder, case.model, lambda: [case.make(**wanted)])
+    assert resumes_everywhere(folder, case.model, lambda: [case.make(**wanted)]) == 10
 
 
 @check(4)

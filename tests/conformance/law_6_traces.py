@@ -24,8 +24,9 @@ def traces(trainer: L.Trainer, model: nn.Module) -> dict[str, Any]:
     """Everything that something could have been left on."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
-        found[f"module {name}"] = type(module), sorted(
-            key for key in vars(module) if key not in ("_fabric", "_trainer")
+        found[f"module {name}"] = (
+            type(module),
+            sorted(key for key in vars(module) if key not in ("_fabric", "_trainer")),
         )
         for key, value in vars(module).items():
             if "hooks" in key and isinstance(value, Mapping):
@@ -89,7 +90,7 @@ class Failing(L.Callback):
 
 @check(6)
 def after_an_exception(case: Case, folder: Path) -> None:
-    """In training, validation, another callback's start, and at a keyboard interrupt."""
+    """In training, in validation, at the start and at the end."""
     for hook in (
         "on_fit_start",
         "on_train_start",

@@ -181,7 +181,9 @@ def train(
         "num_sanity_val_steps": 0,
         "limit_val_batches": 1.0 if validate else 0,
         "use_distributed_sampler": False,
-        "enable_checkpointing": any(isinstance(c, L.pytorch.callbacks.Checkpoint) for c in callbacks),
+        "enable_checkpointing": any(
+            isinstance(c, L.pytorch.callbacks.Checkpoint) for c in callbacks
+        ),
     }
     if "max_steps" not in settings:
         plain["max_epochs"] = EPOCHS

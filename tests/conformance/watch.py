@@ -71,6 +71,8 @@ class Watch(L.Callback):
 
     def covered(self, callback: Any, now: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """By mask name, the tensor that must be zero where the mask is False."""
+        unknown = set(callback.masks) - set(now)
+        assert not unknown, f"masks of no parameter: {unknown}"
         if callback.covers in ("weight", "adapter"):
             return {name: now[name] for name in callback.masks}
         if callback.covers == "delta":

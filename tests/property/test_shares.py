@@ -103,7 +103,7 @@ def test_a_floor_is_greedy_removal(data):
     chosen = targets(*(torch.ones(1, n) for n in sizes))
     scores = Given({f"t{i}": torch.tensor(v) for i, v in enumerate(values)})
     found = masks(
-        policy(criterion=scores, min_density=floor),
+        policy(criterion=scores, min_density=floor, regrow=True),
         chosen,
         budget / sum(sizes),
         before={f"t{i}": torch.tensor(~b) for i, b in enumerate(before)},

@@ -30,7 +30,7 @@ def test_names_stand_for_patterns(name, pattern):
     assert as_pattern(pattern) is pattern
 
 
-@pytest.mark.parametrize("value", ["rows", "2-4", "block:4", "", "2:4 ", 4, None])
+@pytest.mark.parametrize("value", ["rows", "2-4", "block:4", "", "2:4x", 4, None])
 def test_an_unknown_pattern_is_refused(value):
     with refused(where="pattern", got=str(value), allowed="'N:M'", fix="'2:4'"):
         as_pattern(value)

@@ -153,10 +153,12 @@ def test_exclude_wins_over_a_full_name():
 
 
 def test_a_glob_does_not_override_exclusions():
+    model = nn.ModuleDict({"embed": nn.Embedding(8, 4), "lm_head": nn.Linear(4, 8, bias=False)})
     with refused(where="targets", got="embedding", fix="in full"):
-        select(Everything(), targets="embed*")
+        select(model, targets="embed*")
     with refused(where="targets", got="output head"):
-        select(Everything(), targets="lm_head")
+        select(model, targets="lm_head")
+    assert names(select(model, targets=["embed*", "lm_head.weight"])) == ["lm_head.weight"]
 
 
 class Tied(nn.Module):

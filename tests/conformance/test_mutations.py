@@ -1,0 +1,162 @@
+"""The suite's own test: every law, broken on purpose, is found; every check can fail."""
+
+from __future__ import annotations
+
+import pickle
+from functools import partial
+
+import pytest
+
+from lightning_prune.errors import PruneError
+from tests.conformance import laws  # noqa: F401  registers the checks
+from tests.conformance import mutants_of_masks as masks
+from tests.conformance import mutants_of_runs as runs
+from tests.conformance.law_5_ranks import assert_refuses_drift, assert_row
+from tests.conformance.registry import CHECKS, Case
+
+MUTATIONS: dict[type, tuple[str, ...]] = {
+    masks.KeepsMasksInBuffers: ("1-live", "1-checkpoints", "6-after_fit"),
+    masks.RenamesInCheckpoints: ("1-checkpoints",),
+    masks.PrunesOneTooMany: (
+        "2-any_sparsity",
+        "2-dtypes",
+        "2-one_shot",
+        "2-follows_the_schedule",
+        "2-tiny_tensors",
+        "3-limits",
+        "9-two_callbacks",
+    ),
+    masks.CutsAtAThreshold: ("2-ties",),
+    masks.ForgetsTheLastUpdate: ("2-follows_the_schedule",),
+    masks.IgnoresWhatIsZero: ("2-zeros_go_first", "2-starts_from_the_model"),
+    masks.IgnoresOptions: (
+        "2-n_of_m",
+        "2-whole_units",
+        "2-allocations",
+        "2-other_budgets",
+        "2-chosen_by_name",
+        "9-frozen_and_asked_for",
+        "9-low_rank_adapters",
+    ),
+    masks.DoesNotLog: ("2-every_step_is_logged",),
+    masks.DoesNotMaskAfterSteps: (
+        "3-optimizers",
+        "3-accumulation",
+        "3-precisions",
+        "3-limits",
+        "3-manual_optimization",
+        "3-manual_optimization_and_fractions",
+        "3-stochastic_averages_and_fractions",
+    ),
+    masks.OnlyKeepsMasks: ("3-training_step_gives_nothing", "3-fast_dev_run", "2-any_sparsity"),
+    masks.DoesNotProject: ("3-averages", "3-stochastic_averages"),
+    masks.DoesNotProjectAtValidation: ("3-averages",),
+    masks.DoesNotProjectCheckpoints: ("3-averages",),
+    masks.DoesNotProjectAtTheEnd: ("3-averages",),
+    masks.DoesNotProjectBeforeBatches: ("3-stochastic_averages",),
+    masks.IsDenseDuringSteps: ("3-skipped_steps",),
+    masks.SavesDenseWeights: ("3-checkpoints",),
+    masks.CountsBatches: ("3-accumulation_keeps_masks_still",),
+    masks.LetsPrunedGradientsCount: ("3-clipping", "9-clipping_with_two"),
+    masks.BeginsAnew: ("3-second_fit", "8-another_model"),
+    masks.DoesNotSqueeze: ("3-fast_dev_run",),
+    masks.SpoilsValidation: ("3-other_stages",),
+    masks.NamesWhatIsCompiled: ("3-compiled",),
+    runs.SavesNoMasks: (
+        "4-every_step",
+        "4-adamw",
+        "4-checkpoint_before_an_update",
+        "4-accumulation",
+        "4-averages",
+        "4-manual_optimization",
+        "4-manual_optimization_of_known_length",
+    ),
+    runs.MakesUpForNothing: ("4-accumulation",),
+    runs.LooksAtTheRunTooEarly: ("4-fractions",),
+    runs.TrustsTheTrainersCounter: ("4-skipped_steps", "4-manual_optimization"),
+    runs.SavesWhatIsNotPlain: ("4-plain_contents",),
+    runs.SavesViews: ("4-plain_contents",),
+    runs.LeavesAHook: ("6-after_fit", "6-after_averaging", "6-after_a_failed_step"),
+    runs.LeavesOptimizerHooks: ("6-after_fit",),
+    runs.LeavesHooksOnErrors: ("6-after_an_exception",),
+    runs.HoldsGradientsDown: ("6-after_fit", "6-the_network_stands_alone"),
+    runs.AddsZero: (
+        "7-sparsity_zero",
+        "7-sparsity_zero_under_averages",
+        "7-sparsity_zero_under_a_scaler",
+        "7-sparsity_zero_under_manual_optimization",
+        "7-before_it_begins",
+    ),
+    runs.DrawsFromGlobalChance: ("7-sparsity_zero", "7-before_it_begins"),
+    runs.TakesAnything: (
+        "8-sparsity",
+        "8-window",
+        "8-every",
+        "8-schedule",
+        "8-pattern",
+        "8-pattern_and_sparsity",
+        "8-allocation",
+        "8-initial_sparsity",
+        "8-others",
+    ),
+    runs.NeverRefuses: (
+        "8-globs",
+        "8-nothing_to_prune",
+        "8-one_owner",
+        "8-beyond_the_run",
+        "8-too_few_steps",
+        "8-too_few_steps_for_rounds",
+        "8-unknown_length",
+        "8-patterns_that_do_not_fit",
+        "8-budgets_out_of_reach",
+        "8-sparser_than_asked_for",
+        "8-weights_that_are_not_finite",
+        "8-another_checkpoint",
+        "8-another_model",
+        "8-the_other_package",
+        "8-flattened_parameters",
+        "8-steps_within_steps",
+        "8-averages_after_ours",
+        "8-a_run_that_stops_early",
+    ),
+    runs.RefusesLate: ("8-globs", "8-one_owner", "8-beyond_the_run", "8-averages_after_ours"),
+    runs.SaysNothing: ("8-a_run_that_stops_early", "8-a_checkpoint_without_state"),
+    runs.TouchesOthersWeights: ("9-alone_or_together", "9-frozen_layers", "9-low_rank_adapters"),
+}
+
+# What a check may end with: its own assertion, a refusal or none, or a file that cannot be read.
+FOUND = (AssertionError, PruneError, pytest.fail.Exception, pickle.UnpicklingError)
+
+PAIRS = [(kind, CHECKS[name]) for kind, names in MUTATIONS.items() for name in names]
+
+
+@pytest.mark.parametrize(
+    ("kind", "check"), PAIRS, ids=[f"{kind.__name__}-{check}" for kind, check in PAIRS]
+)
+# A broken callback may rightly warn on its way.
+@pytest.mark.filterwarnings("ignore")
+def test_mutation_is_found(kind, check, tmp_path):
+    case = Case(kind=kind)
+    assert case.excused(check.law, *check.needs) is None
+    with pytest.raises(FOUND):
+        check.run(case, tmp_path)
+
+
+def test_every_check_can_fail():
+    assert {str(check) for _, check in PAIRS} == set(CHECKS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    runs.BROKEN_RANKS.items(),
+    ids=[f"{kind.__name__}-{row}" for kind, row in runs.BROKEN_RANKS.items()],
+)
+def test_mutation_of_ranks_is_found(kind, row, ranks, tmp_path):
+    case = Case(kind=kind)
+    look = (
+        assert_refuses_drift
+        if row == "disturbed"
+        else partial(assert_row, row=row, folder=tmp_path)
+    )
+    with pytest.raises(AssertionError):
+        look(case, found=ranks)
