@@ -153,7 +153,8 @@ def main() -> None:
 | checkpoint, bytes a weight | {small["checkpoint_bytes_per_weight"]:.3f} | \
 {large["checkpoint_bytes_per_weight"]:.3f} | <= 0.15 |
 
-All times of ours, in seconds: {json.dumps(small["ours_all_s"])} and {json.dumps(large["ours_all_s"])}.
+All times of ours, in seconds: {json.dumps(small["ours_all_s"])} and
+{json.dumps(large["ours_all_s"])}.
 """
     print(text)
     (RESULTS / "mask_update.md").write_text(text)

@@ -161,6 +161,9 @@ class Outcome:
 
 def sparsity_of(module: nn.Module, callbacks: tuple[MaskCallback, ...] = ()) -> SparsityReport:
     """Counts zeros in the weights that callbacks select; by default, in those they would select."""
+    if len(callbacks) == 1:
+        settings = callbacks[0].settings
+        return report(module, settings.targets, settings.exclude)
     names = [t.name for callback in callbacks for t in callback.selection(module).targets]
     return report(module, names or None)
 
