@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +104,7 @@ class Policy:
         pool = self._pool(targets, masks, sparsity / final if final else 0.0, shards)
         quotas = self.allocation.split(pool, self._budget(targets, sparsity))
         for i, (target, quota) in enumerate(zip(targets, quotas, strict=True)):
-            kept = take(pool.candidates.keys(i), pool.candidates.pruned(i), quota)
+            kept = take(pool.candidates.keys(i), partial(pool.candidates.pruned, i), quota)
             yield target, self.pattern.expand(target, kept)
 
     def _budget(self, targets: Sequence[Target], sparsity: float) -> int:
@@ -154,7 +155,8 @@ class Policy:
         if settled:
             for i, target in enumerate(targets):
                 if target.sharded or shards.rank == 0:
-                    done[i] = int(torch.count_nonzero(pruned(i)))
+                    kept = pattern.unit_mask(target, masks[target.name])
+                    done[i] = len(kept) - int(torch.count_nonzero(kept))
             shards.sum(done)
         return Pool(
             names=[t.name for t in targets],

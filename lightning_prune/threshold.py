@@ -112,12 +112,13 @@ def smallest(units: Candidates, members: Sequence[int], budget: int) -> dict[int
     return _settle(search, units, members, budget)
 
 
-def take(keys: Tensor, pruned: Tensor, quota: Quota) -> Tensor:
+def take(keys: Tensor, pruned: Callable[[], Tensor], quota: Quota) -> Tensor:
     """Which units stay, given a quota.
 
     Args:
         keys: Order keys of the local units, shape (U,).
-        pruned: Which of them are pruned already, bool of shape (U,); read only where ties split.
+        pruned: Gives which of them are pruned already, bool of shape (U,); asked only where ties
+            split.
         quota: What to prune.
 
     Returns:
@@ -128,12 +129,9 @@ def take(keys: Tensor, pruned: Tensor, quota: Quota) -> Tensor:
     kept = keys >= quota.key
     if quota.settled or quota.fresh:
         at = (keys == quota.key).nonzero().squeeze(1)
-        if quota.settled + quota.fresh == len(at):
-            kept[at] = False
-        else:
-            old = pruned[at]
-            kept[at[old][: quota.settled]] = False
-            kept[at[~old][: quota.fresh]] = False
+        old = pruned()[at]
+        kept[at[old][: quota.settled]] = False
+        kept[at[~old][: quota.fresh]] = False
     return kept
 
 
@@ -166,13 +164,26 @@ def _bracketed(units: Candidates, members: Sequence[int], budget: int) -> _Searc
     base, upto, inside = {}, {}, {}
     for i in members:
         keys = units.keys(i)
-        base[i] = int(torch.count_nonzero(keys < lo))
-        inside[i] = keys[(keys >= lo) & (keys <= hi)]
+        over = keys >= lo
+        base[i] = len(keys) - int(torch.count_nonzero(over))
+        inside[i] = _select(keys, over.logical_and_(keys <= hi))
         upto[i] = base[i] + len(inside[i])
-    spent = _cost(units, base)
-    if not spent < budget <= _cost(units, upto):
-        return None
-    return _Search(lo=lo, hi=hi, spent=spent, base=base, inside=inside)
+    spent, reached = _cost(units, base), _cost(units, upto)
+    if spent < budget <= reached:
+        return _Search(lo=lo, hi=hi, spent=spent, base=base, inside=inside)
+    # just outside there may lie a value that very many units share
+    edge = lo - 1 if budget <= spent else hi + 1
+    at = _cost(units, {i: int(torch.count_nonzero(units.keys(i) == edge)) for i in members})
+    under = spent - at if budget <= spent else reached
+    if under < budget <= under + at:
+        return _Search(lo=edge, hi=edge, spent=under, base={}, inside=None)
+    return None
+
+
+def _select(keys: Tensor, chosen: Tensor) -> Tensor:
+    if keys.device.type == "cpu":  # NumPy is four times faster where little is chosen
+        return torch.from_numpy(keys.numpy()[chosen.numpy()])
+    return keys[chosen]
 
 
 def _pivots(units: Candidates, members: Sequence[int], budget: int) -> tuple[int, int]:
@@ -270,5 +281,8 @@ def _settle(
                 if rank == mine:
                     taken[i][kind] = use
     return {
-        i: Quota(count=counts[i], key=cut, settled=taken[i][0], fresh=taken[i][1]) for i in members
+        i: Quota(count=counts[i], key=cut + 1, settled=0, fresh=0)
+        if sum(taken[i]) == at[i]
+        else Quota(count=counts[i], key=cut, settled=taken[i][0], fresh=taken[i][1])
+        for i in members
     }

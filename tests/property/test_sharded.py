@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -109,7 +110,9 @@ def chosen(
             shards=shards,
         )
         quotas = smallest(units, range(len(values)), budget)
-        kept = [take(units.keys(i), pruned[i], quotas[i]) for i in range(len(values))]
+        kept = [
+            take(units.keys(i), partial(units.pruned, i), quotas[i]) for i in range(len(values))
+        ]
         return kept, quotas
 
     return on_ranks(len(split.values), work)

@@ -34,7 +34,7 @@ def chosen(
     units = candidates(values, pruned, costs)
     quotas = smallest(units, range(len(values)), budget)
     kept = [
-        take(order_keys(v), p, quotas[i])
+        take(order_keys(v), lambda p=p: p, quotas[i])
         for i, (v, p) in enumerate(zip(values, pruned, strict=True))
     ]
     return [k.numpy() for k in kept], quotas

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def candidates(*values: list[float], pruned: list[list[bool]] | None = None, cos
 
 def gone(units: Candidates, quotas: dict[int, Quota]) -> list[list[int]]:
     def one(i: int) -> Tensor:
-        return ~take(units.keys(i), units.pruned(i), quotas[i])
+        return ~take(units.keys(i), partial(units.pruned, i), quotas[i])
 
     return [one(i).nonzero().flatten().tolist() for i in quotas]
 
