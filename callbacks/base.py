@@ -25,11 +25,11 @@ from lightning_prune.callbacks.averages import (
 from lightning_prune.callbacks.costs import count_with_example
 from lightning_prune.callbacks.run_length import run_length
 from lightning_prune.callbacks.settings import Settings
-from lightning_prune.callbacks.state import check_checkpoint, pack_state, unpack_state
+from lightning_prune.callbacks.state import asked, check_checkpoint, pack_state, unpack_state
 from lightning_prune.callbacks.steps import StepCounter
 from lightning_prune.criteria import Criterion
-from lightning_prune.distributed import Shards, agree, shards_of
-from lightning_prune.errors import NoEffectWarning, PruneError, refusal
+from lightning_prune.distributed import Shards, agree, shards_of, sum_over_ranks
+from lightning_prune.errors import NoEffectWarning
 from lightning_prune.masks import MaskSet, pack, pruned_fraction, zero_fraction
 from lightning_prune.policy import Policy
 from lightning_prune.targets import Selection, Target, select
@@ -71,14 +71,16 @@ class MaskCallback(L.Callback):
         self._actual = 0.0
         self._uses: UseCounter | None = None
         self._stash: dict[str, Any] | None = None
-        self._epochs: int | None = None
+        self._epochs: int | None = None  # of the Trainer, before other callbacks change it
+        self._length: int | None = None  # the run's steps, as the Trainer counts them
+        self._offset = 0  # how far the Trainer's count was ahead of ours when we began
 
-    # What a plan sees before any training -------------------------------------------------------
+    # What a plan sees ---------------------------------------------------------------------------
 
     @property
     def name(self) -> str:
         """The class's name."""
-        return type(self).__name__
+        return self.settings.callback
 
     @property
     def sparsity(self) -> float:
@@ -97,8 +99,6 @@ class MaskCallback(L.Callback):
         if initial == "from_model":
             initial = zero_fraction(selection.targets, self._shards)
         return self.settings.lay_out(initial, total_steps, squeeze)
-
-    # What users read ----------------------------------------------------------------------------
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -134,62 +134,67 @@ class MaskCallback(L.Callback):
             if other is self:
                 break
             if isinstance(other, MaskCallback):
-                checks.check_owner(_identities(targets), _identities(other._targets), self, other)
-        self._shards = shards_of((t.name, t.parameter) for t in targets)
-        if self._masks is not None:
-            checks.check_same_weights(self._masks, targets, self.name)
-        else:
-            self._masks = MaskSet(
-                {t.name: torch.ones_like(t.local, dtype=torch.bool) for t in targets}
-            )
-        self._targets = targets
-        for target in targets:
-            self._masks[target.name] = self._masks[target.name].to(target.local.device)
+                checks.check_owner(targets, other._targets, self, other)
+        shards = shards_of((t.name, t.parameter) for t in targets)
+        if self._timeline is not None:
+            checks.check_same_weights(self._ready(), targets, self.name)
         if self.settings.budget == "bytes":
-            self._set_costs({t.name: t.parameter.element_size() for t in targets})
+            self.policy = self.policy.with_costs(
+                {t.name: t.parameter.element_size() for t in targets}
+            )
         elif self.settings.budget == "macs" and not self.policy.costs:
-            self._set_costs(count_with_example(pl_module, targets) or {})
-        self.policy.check(targets, self.sparsity, self._shards)
+            self._set_uses(count_with_example(trainer, pl_module, targets), pl_module.device)
+        if self.settings.budget == "macs" and not self.policy.costs:
+            self.policy.check_patterns(targets)
+        else:
+            self.policy.check(targets, self.sparsity, shards)
+        old = self._masks if self._timeline is not None else None
+        self._masks = MaskSet(
+            {
+                t.name: old[t.name].to(t.local.device)
+                if old is not None
+                else torch.ones_like(t.local, dtype=torch.bool)
+                for t in targets
+            }
+        )
+        self._targets, self._shards = targets, shards
         self._counter.attach(trainer.optimizers, targets, self._after_step)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restores a resumed state, and lays the schedule onto the run, whose length is known."""
-        masks = self._ready()
-        total = run_length(trainer, self.settings.total_steps, self._epochs)
+        masks, told = self._ready(), self.settings.total_steps
         squeeze = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-        previous = self._timeline
+        self._length = run_length(trainer, self._epochs)
         if self._stash is not None:
-            previous = self._restore(self._stash)
-            self._stash = None
-        elif previous is None:
-            self._counter.start_at(trainer.global_step)
-            if trainer.global_step:
-                rank_zero_warn(
-                    f"The checkpoint holds no state of {self.name}: its schedule goes on from "
-                    f"step {trainer.global_step} with no weight pruned yet.",
-                    category=NoEffectWarning,
-                )
-        if previous is None:
-            previous = self.timeline(
-                Selection(targets=self._targets, excluded=()), total, squeeze=squeeze
-            )
+            self._restore(self._stash)
+        else:
+            if self._timeline is not None:
+                checks.warn_of_other_weights(masks, self._targets, self.name)
+            else:
+                self._counter.start_at(trainer.global_step)
+                checks.warn_of_dense_checkpoint(trainer.global_step, self.name)
+            self._offset = trainer.global_step - self.step
+        if self._timeline is None:
+            total = self._length if told is None or squeeze else told
+            selection = Selection(targets=self._targets, excluded=())
+            self._timeline = self.timeline(selection, total, squeeze=squeeze)
             if self.settings.initial_sparsity == "from_model":
                 for target in self._targets:
                     masks[target.name] = target.local != 0
-        self._timeline = previous
-        # the Trainer's own count goes with the Trainer's own length, ours with the user's
-        done = trainer.global_step if self.settings.total_steps is None else self.step
-        left = None if total is None else total - done
-        checks.check_enough_steps(previous, self.step, left, self.name)
+        if self._length is not None:
+            checks.check_enough_steps(self._timeline, self._offset, self._length, self.name)
+        elif told is not None:
+            checks.check_enough_steps(self._timeline, 0, told, self.name)
         if self.settings.budget == "macs" and not self.policy.costs:
-            checks.check_macs_known(previous, self.step, self.name)
+            checks.check_macs_known(self._timeline, self.step, self.name)
             self._uses = UseCounter(self._targets)
-            self._uses.__enter__()
+            self._uses.open()
         self._project()
         self._actual = pruned_fraction(masks, self._targets, self._shards)
 
-    def _set_costs(self, costs: Mapping[str, int]) -> None:
-        self.policy = self.policy.with_costs(costs)
+    def _set_uses(self, uses: Mapping[str, int] | None, device: torch.device) -> None:
+        if uses is not None:
+            self.policy = self.policy.with_costs(relative_costs(sum_over_ranks(uses, device)))
 
     # Training -----------------------------------------------------------------------------------
 
@@ -200,6 +205,19 @@ class MaskCallback(L.Callback):
         if swaps_weights(trainer):
             self._project()
         self._update_if_due()
+
+    def on_before_backward(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
+    ) -> None:
+        """Ends the count of MACs; a checkpointed backward pass runs modules again."""
+        self._stop_counting(pl_module)
+
+    def _stop_counting(self, pl_module: L.LightningModule) -> None:
+        if self._uses is not None:
+            self._uses.close()
+            self._set_uses(self._uses.uses, pl_module.device)
+            self._uses = None
+            self.policy.check(self._targets, self.sparsity, self._shards)
 
     def on_before_optimizer_step(
         self,
@@ -231,11 +249,7 @@ class MaskCallback(L.Callback):
         batch_idx: int,
     ) -> None:
         """Updates the masks when the optimizer's steps have reached the next update, and logs."""
-        if self._uses is not None:
-            self._uses.close()
-            self._set_costs(relative_costs(self._shards.agree_on(self._uses.uses)))
-            self._uses = None
-            self.policy.check(self._targets, self.sparsity, self._shards)
+        self._stop_counting(pl_module)
         self._update_if_due()
         if not trainer.barebones:
             due = self._resolved().value(self.step)
@@ -249,7 +263,10 @@ class MaskCallback(L.Callback):
         if not schedule.due(self._updated, step):
             return
         self._updated = step
-        masks, sparsity = self._ready(), schedule.value(step)
+        self._update(schedule.value(step))
+
+    def _update(self, sparsity: float) -> None:
+        masks = self._ready()
         if sparsity == 0 and masks.density == 1:
             return
         changes = self.policy.masks(
@@ -270,8 +287,6 @@ class MaskCallback(L.Callback):
         if optimizer is not None:
             mask_moments_(optimizer, target.parameter, masks[target.name])
 
-    # Averages, checkpoints, the end -------------------------------------------------------------
-
     def _project(self) -> None:
         for target in self._targets:
             if not self._ready().full(target.name):
@@ -291,9 +306,13 @@ class MaskCallback(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Projects the final weights; says so when training ended before the schedule did."""
-        self._project()
         updates = self._resolved().updates
-        if updates and self._updated < updates[-1]:
+        missed = bool(updates) and self._updated < updates[-1]
+        if missed and self._length is not None and trainer.global_step >= self._length:
+            self._updated, missed = updates[-1], False  # for want of steps that a scaler skipped
+            self._update(self._resolved().final)
+        self._project()
+        if missed:
             rank_zero_warn(
                 f"Training ended at step {self.step}, before the last update of {self.name} at "
                 f"step {updates[-1]}: sparsity is {self._actual:.4f} of {self.sparsity:.4f}.",
@@ -303,10 +322,8 @@ class MaskCallback(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Projects once more, after averaging callbacks have written, and lets go of the model."""
         if self._stash is not None:  # a run resumed at its end, where no training hook is called
-            self._timeline = self._restore(self._stash)
-            self._stash = None
-            if self._timeline is not None:
-                self._update_if_due()
+            self._restore(self._stash)
+            self._update_if_due()
         self._project()
         self._release()
 
@@ -334,9 +351,8 @@ class MaskCallback(L.Callback):
             return self._stash or {}
         return pack_state(
             owner=self.name,
-            sparsity=self.sparsity,
-            pattern=repr(self.policy.pattern),
-            settings=self.settings.moments(),
+            asked=asked(self.settings, self.policy),
+            offset=self._offset,
             counts=self._counter.counts,
             updated=self._updated,
             schedule=self._timeline,
@@ -355,42 +371,27 @@ class MaskCallback(L.Callback):
         """Keeps the state until the weights are there, in ``on_train_start``."""
         self._stash = state_dict
 
-    def _restore(self, state: dict[str, Any]) -> Timeline | None:
-        masks = self._ready()
+    def _restore(self, state: dict[str, Any]) -> None:
         restored = unpack_state(
             state,
             owner=self.name,
-            sparsity=self.sparsity,
-            pattern=repr(self.policy.pattern),
-            masks=masks,
+            asked=asked(self.settings, self.policy),
+            masks=self._ready(),
             targets=self._targets,
         )
+        self._stash = None
         self._counter.start_at(restored.counts)
-        self._updated = restored.updated
+        self._updated, self._offset = restored.updated, restored.offset
+        self._timeline = restored.schedule
         if self.settings.budget == "macs":
-            self._set_costs(restored.costs)
-        return restored.schedule if restored.settings == self.settings.moments() else None
+            self.policy = self.policy.with_costs(restored.costs)
 
     def _ready(self) -> MaskSet:
         if self._masks is None:
-            raise _too_early(self.name, "on_fit_start")
+            raise checks.too_early(self.name, "on_fit_start")
         return self._masks
 
     def _resolved(self) -> Timeline:
         if self._timeline is None:
-            raise _too_early(self.name, "on_train_start")
+            raise checks.too_early(self.name, "on_train_start")
         return self._timeline
-
-
-def _too_early(callback: str, hook: str) -> PruneError:
-    return refusal(
-        "A hook was called before those that prepare it",
-        where=callback,
-        got=f"no call of {hook} yet",
-        allowed="hooks in the order of a Trainer's fit",
-        fix="pass the callback to L.Trainer(callbacks=[...]) and call fit",
-    )
-
-
-def _identities(targets: tuple[Target, ...]) -> dict[int, str]:
-    return {id(t.parameter): t.name for t in targets}

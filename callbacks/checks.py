@@ -6,8 +6,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_prune.errors import refusal
+from lightning_prune.errors import NoEffectWarning, PruneError, refusal
 from lightning_prune.masks import MaskSet
 from lightning_prune.patterns import Pattern
 from lightning_prune.targets import Target
@@ -25,6 +26,9 @@ __all__ = [
     "check_same_weights",
     "check_strategy",
     "check_trainer",
+    "too_early",
+    "warn_of_dense_checkpoint",
+    "warn_of_other_weights",
 ]
 
 
@@ -36,7 +40,7 @@ def check_fraction(value: float, argument: str) -> None:
         raise refusal(
             "Sparsity is the fraction of weights that is zero",
             where=argument,
-            got=value,
+            got=repr(value),
             allowed="a number in [0, 1)",
             fix=f"write {value / 100:g} for {value:g}%" if percent else "write 0.9 for 90%",
         )
@@ -96,17 +100,21 @@ def check_optimizers(trainer: L.Trainer, callback: str) -> None:
 
 
 def check_owner(
-    mine: dict[int, str], others: dict[int, str], callback: L.Callback, other: L.Callback
+    mine: tuple[Target, ...],
+    others: tuple[Target, ...],
+    callback: L.Callback,
+    other: L.Callback,
 ) -> None:
     """Refuses a weight that another callback prunes already.
 
     Args:
-        mine: Names of the selected weights by identity of the tensor.
-        others: The same for the other callback.
+        mine: This callback's weights.
+        others: The other one's.
         callback: This callback.
         other: The other one.
     """
-    both = [name for key, name in mine.items() if key in others]
+    theirs = {id(t.parameter) for t in others}
+    both = [t.name for t in mine if id(t.parameter) in theirs]
     if both:
         raise refusal(
             "Two callbacks prune the same weight",
@@ -158,14 +166,21 @@ def check_same_weights(masks: MaskSet, targets: tuple[Target, ...], callback: st
         )
 
 
-def check_enough_steps(schedule: Timeline, step: int, left: int | None, callback: str) -> None:
-    """Refuses a run that ends before the schedule's last update."""
-    if left is not None and schedule.updates and schedule.updates[-1] > step + left:
+def check_enough_steps(schedule: Timeline, offset: int, total: int, callback: str) -> None:
+    """Refuses a run of ``total`` steps that ends before the schedule's last update.
+
+    Args:
+        schedule: The schedule, in steps of our own count.
+        offset: How far the run's count is ahead of ours.
+        total: The run's steps, in its own count.
+        callback: How the callback is called.
+    """
+    if schedule.updates and schedule.updates[-1] + offset > total:
         raise refusal(
             "The run ends before the schedule does",
             where=callback,
-            got=f"{left} optimizer steps left after step {step}, last update at step "
-            f"{schedule.updates[-1]}",
+            got=f"a run of {total} optimizer steps, the last update after step "
+            f"{schedule.updates[-1] + offset}",
             allowed="a run that reaches the last update",
             fix="train for longer, or use a new callback with a shorter schedule",
         )
@@ -173,7 +188,8 @@ def check_enough_steps(schedule: Timeline, step: int, left: int | None, callback
 
 def check_macs_known(schedule: Timeline, step: int, callback: str) -> None:
     """Refuses a budget in MACs when an update is due before any forward pass."""
-    if schedule.updates and schedule.updates[0] <= step:
+    steps = zip(schedule.updates, schedule.values, strict=True)
+    if any(update <= step and value > schedule.initial for update, value in steps):
         raise refusal(
             "A budget in MACs needs a forward pass before the first update",
             where=callback,
@@ -181,3 +197,35 @@ def check_macs_known(schedule: Timeline, step: int, callback: str) -> None:
             allowed="an example input, or a first update after step 0",
             fix="set self.example_input_array in the LightningModule, or start later",
         )
+
+
+def warn_of_other_weights(masks: MaskSet, targets: tuple[Target, ...], callback: str) -> None:
+    """Warns when masks of an earlier fit are about to zero weights: another model, most likely."""
+    lost = sum(int(torch.count_nonzero(t.local[~masks[t.name]])) for t in targets)
+    if lost:
+        rank_zero_warn(
+            f"{callback} goes on with the masks of an earlier fit, which set {lost} weights of "
+            "this model to zero at once; use a new callback to prune a new model from its start.",
+            category=NoEffectWarning,
+        )
+
+
+def warn_of_dense_checkpoint(step: int, callback: str) -> None:
+    """Warns when a run goes on from a checkpoint without any state of the callback."""
+    if step:
+        rank_zero_warn(
+            f"The checkpoint holds no state of {callback}: its schedule goes on from step {step} "
+            "with no weight pruned yet.",
+            category=NoEffectWarning,
+        )
+
+
+def too_early(callback: str, hook: str) -> PruneError:
+    """The error for a hook that is called before the one that prepares it."""
+    return refusal(
+        "A hook was called before those that prepare it",
+        where=callback,
+        got=f"no call of {hook} yet",
+        allowed="hooks in the order of a Trainer's fit",
+        fix="pass the callback to L.Trainer(callbacks=[...]) and call fit",
+    )

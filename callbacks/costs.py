@@ -2,43 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import lightning as L
 import torch
 from lightning.fabric.utilities import move_data_to_device
 
 from lightning_prune.targets import Target
-from lightning_prune.usage import UseCounter, relative_costs
+from lightning_prune.usage import UseCounter
 
 __all__ = ["count_with_example"]
 
 
 def count_with_example(
-    pl_module: L.LightningModule, targets: Sequence[Target]
+    trainer: L.Trainer, pl_module: L.LightningModule, targets: Sequence[Target]
 ) -> dict[str, int] | None:
     """Runs ``example_input_array`` forward once, in eval mode and without gradients.
 
     Args:
+        trainer: The Trainer, whose precision counts.
         pl_module: The module; its ``example_input_array`` is a tensor, a tuple of positional
-            arguments or a dict of keyword arguments.
+            arguments or a dict of keyword arguments. Its modes are left as they were.
         targets: The weights.
 
     Returns:
-        Relative MACs per weight by parameter name; None when there is no example input.
+        MACs per weight by parameter name; None when there is no example input.
     """
     example = pl_module.example_input_array
     if example is None:
         return None
-    example = move_data_to_device(example, pl_module.device)
-    training = pl_module.training
-    pl_module.eval()
-    with torch.no_grad(), UseCounter(targets) as counter:
+    precision = trainer.precision_plugin
+    example = precision.convert_input(move_data_to_device(example, pl_module.device))
+    with (
+        _evaluating(pl_module),
+        torch.no_grad(),
+        precision.forward_context(),
+        UseCounter(targets) as counter,
+    ):
         if isinstance(example, Mapping):
             pl_module(**example)
         elif isinstance(example, tuple):
             pl_module(*example)
         else:
             pl_module(example)
-    pl_module.train(training)
-    return relative_costs(counter.uses)
+    return counter.uses
+
+
+@contextmanager
+def _evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Eval mode for all modules, without the fused attention that bypasses them."""
+    modes = {part: part.training for part in module.modules()}
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    module.eval()
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for part, training in modes.items():
+            part.training = training

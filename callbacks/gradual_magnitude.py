@@ -12,6 +12,7 @@ from lightning_prune.criteria import Criterion, Magnitude, Random
 from lightning_prune.errors import refusal
 from lightning_prune.patterns import Pattern, as_pattern
 from lightning_prune.schedules import Schedule, as_schedule
+from lightning_prune.targets import as_globs
 
 __all__ = ["GradualMagnitudePruning"]
 
@@ -82,8 +83,8 @@ class GradualMagnitudePruning(MaskCallback):
             start=start,
             end=end,
             every=every,
-            targets=targets,
-            exclude=exclude,
+            targets=as_globs(targets),
+            exclude=as_globs(exclude),
             pattern=as_pattern(pattern),
             min_density=min_density,
             budget=budget,
@@ -98,7 +99,7 @@ def _as_criterion(value: str | Criterion) -> Criterion:
         return Magnitude()
     if value == "random":
         return Random()
-    if isinstance(value, Criterion):
+    if isinstance(value, Criterion) and not isinstance(value, type):
         return value
     raise refusal(
         "Unknown criterion",

@@ -7,23 +7,20 @@ import lightning as L
 __all__ = ["run_length"]
 
 
-def run_length(trainer: L.Trainer, asked: int | None, epochs: int | None) -> int | None:
-    """The run's optimizer steps; not to be called before ``on_train_start``.
+def run_length(trainer: L.Trainer, epochs: int | None) -> int | None:
+    """The run's optimizer steps as the Trainer knows them, not before ``on_train_start``.
 
     Asked earlier, the Trainer would build the data loaders before their position is restored, and
     a resumed run would silently see other data.
 
     Args:
         trainer: The Trainer.
-        asked: What the user said, which counts.
         epochs: The Trainer's ``max_epochs`` as it was in ``setup``.
 
     Returns:
         The number of steps; None where the Trainer cannot know it: manual optimization, data of
         unknown length, or no end.
     """
-    if asked is not None:
-        return asked
     if not trainer.lightning_module.automatic_optimization:
         return None
     estimate = trainer.estimated_stepping_batches

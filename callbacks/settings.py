@@ -26,8 +26,8 @@ class Settings:
     start: int | float
     end: int | float
     every: int | None
-    targets: str | list[str] | None
-    exclude: str | list[str] | None
+    targets: tuple[str, ...] | None
+    exclude: tuple[str, ...] | None
     pattern: Pattern
     min_density: float
     budget: Budget
@@ -41,11 +41,13 @@ class Settings:
             checks.check_initial(self.initial_sparsity, self.sparsity, self.callback)
         check_window(self.schedule, self.start, self.end, self.every)
         checks.check_pattern_sparsity(self.pattern, self.sparsity, self.callback)
-        if isinstance(self.min_density, bool) or not 0 <= self.min_density <= 1:
+        least = self.min_density
+        number = isinstance(least, int | float) and not isinstance(least, bool)
+        if not number or not 0 <= least <= 1:
             raise refusal(
                 "A least density is a fraction",
                 where=f"{self.callback}(min_density=...)",
-                got=self.min_density,
+                got=repr(least),
                 allowed="a number in [0, 1]",
                 fix="write min_density=0.05 to keep at least 5% of every tensor",
             )
@@ -83,8 +85,3 @@ class Settings:
             total=total,
             squeeze=squeeze,
         )
-
-    def moments(self) -> dict[str, str]:
-        """What decides when masks are updated, as text, to compare with a checkpoint's."""
-        fields = ("schedule", "start", "end", "every", "total_steps", "initial_sparsity")
-        return {field: repr(getattr(self, field)) for field in fields}

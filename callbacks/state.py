@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from types import FunctionType
 from typing import Any
 
+from lightning_prune.callbacks.settings import Settings
 from lightning_prune.distributed import gather_whole, local_part
 from lightning_prune.errors import refusal
 from lightning_prune.masks import MaskSet
+from lightning_prune.policy import Policy
+from lightning_prune.schedules import Custom
 from lightning_prune.targets import Target
 from lightning_prune.timeline import Timeline
 
-__all__ = ["Restored", "check_checkpoint", "pack_state", "unpack_state"]
+__all__ = ["Restored", "as_text", "asked", "check_checkpoint", "pack_state", "unpack_state"]
 
 _VERSION = 1
 
@@ -22,18 +26,17 @@ class Restored:
     """What a checkpoint said, besides the masks."""
 
     counts: list[int]
+    offset: int
     updated: int
     schedule: Timeline
     costs: dict[str, int]
-    settings: dict[str, str]
 
 
 def pack_state(
     *,
     owner: str,
-    sparsity: float,
-    pattern: str,
-    settings: Mapping[str, str],
+    asked: Mapping[str, str],
+    offset: int,
     counts: Sequence[int],
     updated: int,
     schedule: Timeline,
@@ -46,9 +49,8 @@ def pack_state(
     return {
         "version": _VERSION,
         "owner": owner,
-        "sparsity": sparsity,
-        "pattern": pattern,
-        "settings": dict(settings),
+        "asked": dict(asked),
+        "offset": offset,
         "counts": list(counts),
         "updated": updated,
         "schedule": {
@@ -65,15 +67,14 @@ def unpack_state(
     state: Mapping[str, Any],
     *,
     owner: str,
-    sparsity: float,
-    pattern: str,
+    asked: Mapping[str, str],
     masks: MaskSet,
     targets: Sequence[Target],
 ) -> Restored:
     """Writes a checkpoint's masks into ``masks`` and returns the rest.
 
     Raises:
-        PruneError: If the state is of another version, sparsity, pattern, or model.
+        PruneError: If the state is of another version or model, or something else was asked for.
     """
     if state.get("version") != _VERSION:
         raise refusal(
@@ -83,15 +84,15 @@ def unpack_state(
             allowed=f"version {_VERSION}",
             fix="resume with the lightning-prune that wrote it",
         )
-    for field, value in (("owner", owner), ("sparsity", sparsity), ("pattern", pattern)):
-        if state[field] != value:
+    for field, value in asked.items():
+        if state["asked"].get(field) != value:
             raise refusal(
                 f"The checkpoint was written with another {field}",
-                where=owner,
-                got=f"{field}={state[field]!r} in the checkpoint, {value!r} now",
+                where=f"{owner}({field}=...)",
+                got=f"{state['asked'].get(field)} in the checkpoint, {value} now",
                 allowed="the same as when the run began",
-                fix=f"resume with {state[field]!r}, or start a new run from the weights with "
-                "initial_sparsity='from_model'",
+                fix=f"resume with {field}={state['asked'].get(field)}, or start a new run from the "
+                "weights with initial_sparsity='from_model'",
             )
     whole = MaskSet(
         {t.name: masks[t.name].new_empty(t.shape) if t.sharded else masks[t.name] for t in targets}
@@ -102,6 +103,7 @@ def unpack_state(
     schedule = state["schedule"]
     return Restored(
         counts=list(state["counts"]),
+        offset=int(state["offset"]),
         updated=int(state["updated"]),
         schedule=Timeline(
             updates=tuple(schedule["updates"]),
@@ -109,7 +111,6 @@ def unpack_state(
             initial=float(schedule["initial"]),
         ),
         costs=dict(state["costs"]),
-        settings=dict(state["settings"]),
     )
 
 
@@ -118,7 +119,8 @@ def check_checkpoint(checkpoint: Mapping[str, Any], state_key: str, owner: str) 
 
     Lightning restores callbacks by their key, and would silently restore nothing.
     """
-    keys = [k for k in checkpoint.get("callbacks", {}) if k.split("{")[0] == owner]
+    kind = state_key.split("{")[0]
+    keys = [k for k in checkpoint.get("callbacks", {}) if k.split("{")[0] == kind]
     if keys and state_key not in keys:
         raise refusal(
             "The checkpoint was written with another selection of weights",
@@ -127,3 +129,29 @@ def check_checkpoint(checkpoint: Mapping[str, Any], state_key: str, owner: str) 
             allowed=state_key,
             fix="resume with the same targets and exclude",
         )
+
+
+def as_text(value: object) -> str:
+    """A value as text that is the same in another process.
+
+    Example:
+        >>> as_text(0.5), as_text(object())
+        ('0.5', 'builtins.object')
+    """
+    kind = type(value)
+    if isinstance(value, FunctionType):
+        return f"{value.__module__}.{value.__qualname__}"
+    if kind.__repr__ is object.__repr__:
+        return f"{kind.__module__}.{kind.__qualname__}"
+    if isinstance(value, Custom):
+        return f"Custom({as_text(value.function)})"
+    return repr(value)
+
+
+def asked(settings: Settings, policy: Policy) -> dict[str, str]:
+    """Everything that a run must be resumed with, as text."""
+    said = [f.name for f in fields(settings) if f.name not in ("callback", "targets", "exclude")]
+    return {name: as_text(getattr(settings, name)) for name in said} | {
+        "allocation": as_text(policy.allocation),
+        "criterion": as_text(policy.criterion),
+    }

@@ -42,10 +42,8 @@ class StepCounter:
         self.detach()
         reached = self.step
         self._optimizers = list(optimizers)
-        self._owned = []
-        for optimizer in self._optimizers:
-            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            self._owned.append(tuple(t for t in targets if id(t.parameter) in held))
+        sizes = [_size(o) for o in self._optimizers]
+        self._owned = [_held(o, targets) for o in self._optimizers]
         self.counts = [reached] * len(self._optimizers)
 
         def hook(index: int) -> Callable[[torch.optim.Optimizer, Any, Any], None]:
@@ -55,6 +53,9 @@ class StepCounter:
                 if found_inf is not None and bool(found_inf.item()):
                     return
                 self.counts[index] += 1
+                if _size(optimizer) != sizes[index]:  # a parameter group was added
+                    sizes[index] = _size(optimizer)
+                    self._owned[index] = _held(optimizer, targets)
                 after_step(self._owned[index])
 
             return stepped
@@ -95,3 +96,12 @@ class StepCounter:
             if any(t is target for t in owned):
                 return optimizer
         return None
+
+
+def _size(optimizer: torch.optim.Optimizer) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)
+
+
+def _held(optimizer: torch.optim.Optimizer, targets: Sequence[Target]) -> tuple[Target, ...]:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return tuple(t for t in targets if id(t.parameter) in held)

@@ -311,12 +311,14 @@ def lamp_scores(scores: Tensor) -> Tensor:
         >>> lamp_scores(torch.tensor([1.0, 2.0])).tolist()
         [0.20000000298023224, 1.0]
     """
-    ascending, order = scores.double().clamp_min(0).sort(stable=True)
+    # MPS has no float64
+    given = scores.cpu() if scores.device.type == "mps" else scores
+    ascending, order = given.double().clamp_min(0).sort(stable=True)
     squares = torch.where(ascending.isinf(), 0.0, ascending.square())
     rest = squares.flip(0).cumsum(0).flip(0)
     values = torch.where(squares > 0, squares / rest, 0.0)
     values = torch.where(ascending.isinf(), ascending, values)
-    return torch.empty_like(values).scatter_(0, order, values).float()
+    return torch.empty_like(values).scatter_(0, order, values).float().to(scores.device)
 
 
 _NAMED: dict[str, type[Global] | type[Uniform] | type[ERK] | type[LAMP]] = {
@@ -341,7 +343,7 @@ def as_allocation(value: str | Mapping[str, float] | Allocation) -> Allocation:
             return _NAMED[value]()
     elif isinstance(value, Mapping):
         return PerGlob(dict(value))
-    elif isinstance(value, Allocation):
+    elif isinstance(value, Allocation) and not isinstance(value, type):
         return value
     raise refusal(
         "Unknown allocation",

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_prune.errors import refusal
 from lightning_prune.threshold import Candidates, Quota, smallest
 
-__all__ = ["Bounds", "Pool", "bounds", "compete", "cost", "share_out"]
+__all__ = ["Bounds", "Pool", "bounds", "compete", "cost", "grows", "share_out"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +78,12 @@ def bounds(pool: Pool, budget: int, min_density: float, max_density: float) -> B
     limits = Bounds(least, most)
     _check_reachable(pool, budget, limits)
     kept = [max(n, min(d, m)) for n, d, m in zip(least, pool.done, most, strict=True)]
-    return Bounds(kept, most) if cost(pool, kept) <= budget else limits
+    return Bounds(kept, most) if grows(pool, budget) else limits
+
+
+def grows(pool: Pool, budget: int) -> bool:
+    """Whether a budget is no smaller than the last: what is pruned exceeds it by under a unit."""
+    return cost(pool, pool.done) - budget < max(pool.costs, default=1)
 
 
 def cost(pool: Pool, counts: Sequence[float]) -> float:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from lightning_prune.errors import refusal
 
-__all__ = ["Shards", "agree", "gather_whole", "local_part", "shards_of"]
+__all__ = ["Shards", "agree", "gather_whole", "local_part", "shards_of", "sum_over_ranks"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,14 +39,6 @@ class Shards:
         dist.all_reduce(moved, group=self.group)
         return counts.copy_(moved)
 
-    def agree_on(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """Adds named counts over all ranks of the run, so that all hold the same."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return dict(counts)
-        total = torch.tensor(list(counts.values()), device=self.device)
-        dist.all_reduce(total)
-        return dict(zip(counts, total.tolist(), strict=True))
-
     def stack(self, counts: Tensor) -> Tensor:
         """Collects one tensor from every shard, as shape (size, ...)."""
         if self.group is None:
@@ -55,6 +47,20 @@ class Shards:
         parts = [torch.empty_like(moved) for _ in range(self.size)]
         dist.all_gather(parts, moved, group=self.group)
         return torch.stack(parts).to(counts.device)
+
+
+def sum_over_ranks(counts: Mapping[str, int], device: torch.device) -> dict[str, int]:
+    """Adds named counts over all ranks of the run, so that all hold the same.
+
+    Args:
+        counts: Counts under the same names on every rank.
+        device: Where the run's collectives work, such as that of the weights.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return dict(counts)
+    total = torch.tensor(list(counts.values()), device=device)
+    dist.all_reduce(total)
+    return dict(zip(counts, total.tolist(), strict=True))
 
 
 def shards_of(parameters: Iterable[tuple[str, Tensor]]) -> Shards:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_prune.errors import PruneError, refusal
 from lightning_prune.targets import Target
@@ -118,7 +118,8 @@ class NM:
 
     def check(self, target: Target) -> None:
         """Needs a number of inputs that m divides."""
-        inputs = _canonical_shape(target)[3]
+        _check_grid(target, f"{self.n}:{self.m}")
+        inputs = target.canonical_shape[3]
         if inputs % self.m:
             raise refusal(
                 f"{self.n}:{self.m} needs groups of {self.m} consecutive inputs",
@@ -173,13 +174,13 @@ class _Groups:
 
     def _grouped(self, target: Target, x: Tensor) -> Tensor:
         view = target.canonical(x)
-        a, c, b = self.sides(_canonical_shape(target))
+        a, c, b = self.sides(target.canonical_shape)
         g, o, k, i = view.shape
         return view.reshape(g, o // a, a, k // c, c, i // b, b)
 
     def unit_size(self, target: Target) -> int:
         """The product of the sides."""
-        return math.prod(self.sides(_canonical_shape(target)))
+        return math.prod(self.sides(target.canonical_shape))
 
     def cap(self, target: Target) -> int:
         """All of them."""
@@ -205,7 +206,7 @@ class _Groups:
         if not mask.numel():
             return mask
         view = target.canonical(mask)
-        a, c, b = self.sides(_canonical_shape(target))
+        a, c, b = self.sides(target.canonical_shape)
         g, o, k, i = view.shape
         units = kept.view(g, o // a, 1, k // c, 1, i // b, 1)
         view.copy_(units.expand(-1, -1, a, -1, c, -1, b).reshape(view.shape))
@@ -250,7 +251,8 @@ class Block(_Groups):
 
     def check(self, target: Target) -> None:
         """Needs sides that divide the outputs and the inputs."""
-        _, outputs, _, inputs = _canonical_shape(target)
+        _check_grid(target, f"block:{self.rows}x{self.columns}")
+        _, outputs, _, inputs = target.canonical_shape
         if outputs % self.rows or inputs % self.columns:
             raise refusal(
                 "The block does not fit",
@@ -286,6 +288,7 @@ class Row(_Groups):
 
     def check(self, target: Target) -> None:
         """Fits every weight; a split one must be split between rows."""
+        _check_grid(target, "row")
         if target.sharded and target.layout not in ("linear", "conv", "table"):
             raise _needs_whole(target, "row")
 
@@ -310,6 +313,7 @@ class Column(_Groups):
 
     def check(self, target: Target) -> None:
         """Fits every weight that is not split over ranks."""
+        _check_grid(target, "column")
         if target.sharded:
             raise _needs_whole(target, "column")
 
@@ -325,10 +329,16 @@ def _check_pooling(pooling: str) -> None:
         )
 
 
-def _canonical_shape(target: Target) -> tuple[int, int, int, int]:
-    shape = tuple(target.shape)
-    g, o, k, i = target.canonical(torch.empty(shape, device="meta")).shape
-    return g, o, k, i
+def _check_grid(target: Target, pattern: str) -> None:
+    """Refuses a weight whose dimensions do not read as outputs by inputs."""
+    if target.layout == "table" and isinstance(target.module, nn.modules.conv._ConvNd):
+        raise refusal(
+            f"The pattern {pattern!r} is not defined for this weight",
+            where=target.name,
+            got=f"a weight of {type(target.module).__name__}",
+            allowed="Linear, Conv1D, Conv1d and Conv2d weights; 'unstructured' for any other",
+            fix=f"exclude it with exclude=[{target.name!r}], or use pattern='unstructured'",
+        )
 
 
 def _needs_whole(target: Target, pattern: str) -> PruneError:
@@ -357,7 +367,7 @@ def as_pattern(value: str | Pattern) -> Pattern:
         NM(n=2, m=4)
     """
     if not isinstance(value, str):
-        if isinstance(value, Pattern):
+        if isinstance(value, Pattern) and not isinstance(value, type):
             return value
     elif value in _NAMED:
         return _NAMED[value]()

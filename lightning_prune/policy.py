@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.allocation import Allocation
-from lightning_prune.apportionment import Pool
+from lightning_prune.apportionment import Pool, grows
 from lightning_prune.criteria.base import Criterion
 from lightning_prune.distributed import Shards
 from lightning_prune.errors import refusal
@@ -70,10 +70,14 @@ class Policy:
         Raises:
             PruneError: If the pattern does not fit a weight, or the budget cannot be met.
         """
-        for target in targets:
-            self.pattern.check(target)
+        self.check_patterns(targets)
         pool = self._pool(targets, {}, 1.0, shards)
         self.allocation.check(pool, self._budget(targets, sparsity))
+
+    def check_patterns(self, targets: Sequence[Target]) -> None:
+        """Refuses weights that the pattern does not fit, when costs are not known yet."""
+        for target in targets:
+            self.pattern.check(target)
 
     def masks(
         self,
@@ -102,10 +106,15 @@ class Policy:
         """
         self._check_finite(targets, shards)
         pool = self._pool(targets, masks, sparsity / final if final else 0.0, shards)
-        quotas = self.allocation.split(pool, self._budget(targets, sparsity))
+        budget = self._budget(targets, sparsity)
+        quotas = self.allocation.split(pool, budget)
+        growing = not self.regrow and grows(pool, budget)
         for i, (target, quota) in enumerate(zip(targets, quotas, strict=True)):
             kept = take(pool.candidates.keys(i), partial(pool.candidates.pruned, i), quota)
-            yield target, self.pattern.expand(target, kept)
+            mask = self.pattern.expand(target, kept)
+            if growing and not isinstance(self.pattern, Unstructured):
+                mask &= masks[target.name]  # zeros of the model that lie scattered in kept groups
+            yield target, mask
 
     def _budget(self, targets: Sequence[Target], sparsity: float) -> int:
         total = sum(t.size * self.costs.get(t.name, 1) for t in targets)

@@ -225,9 +225,9 @@ def as_schedule(value: str | Schedule | Callable[[float], float]) -> Schedule:
     if isinstance(value, str):
         if value in _NAMED:
             return _NAMED[value]()
-    elif isinstance(value, Schedule):
+    elif isinstance(value, Schedule) and not isinstance(value, type):
         return value
-    elif callable(value):
+    elif callable(value) and not isinstance(value, type):
         return Custom(value)
     raise refusal(
         "Unknown schedule",

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_prune.errors import refusal
 
-__all__ = ["Excluded", "Layout", "Selection", "Target", "canonical_name", "select"]
+__all__ = ["Excluded", "Layout", "Selection", "Target", "as_globs", "canonical_name", "select"]
 
 Layout = Literal["linear", "transposed", "conv", "experts", "experts_transposed", "vector", "table"]
 
@@ -78,6 +78,12 @@ class Target:
     def sharded(self) -> bool:
         """Whether this rank holds only a part of it."""
         return isinstance(self.parameter, DTensor)
+
+    @property
+    def canonical_shape(self) -> tuple[int, int, int, int]:
+        """The whole tensor's (G, O, K, I)."""
+        g, o, k, i = self.canonical(torch.empty(self.shape, device="meta")).shape
+        return g, o, k, i
 
     @property
     def rows_per_rank(self) -> int:
@@ -193,7 +199,7 @@ def _default_reason(
     """Why a parameter is not selected by default; None when it is."""
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "embedding"
-    if isinstance(module, _NORM_TYPES) or type(module).__name__.endswith(("Norm", "LayerNorm")):
+    if isinstance(module, _NORM_TYPES) or type(module).__name__.endswith("Norm"):
         return "norm"
     if leaf.endswith("bias") or parameter.dim() < 2:
         return "bias or other vector"
@@ -202,7 +208,9 @@ def _default_reason(
     if leaf != "weight" or not (
         isinstance(module, (nn.Linear, *_CONV_TYPES)) or _is_transposed_linear(module)
     ):
-        return f"parameter of {type(module).__name__}: not a Linear, Conv1D or Conv weight"
+        return (
+            f"parameter of {type(module).__name__}: not a Linear, Conv1D, Conv1d or Conv2d weight"
+        )
     if _is_head(path, module, heads):
         return "output head"
     if not parameter.requires_grad:
@@ -218,10 +226,15 @@ def _unusable(parameter: nn.Parameter) -> str | None:
     return None
 
 
+def as_globs(value: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """One glob, several or none, in one form."""
+    return (value,) if isinstance(value, str) else None if value is None else tuple(value)
+
+
 def _globs(value: str | Sequence[str] | None, argument: str) -> tuple[str, ...]:
     if value is None:
         return ()
-    globs = (value,) if isinstance(value, str) else tuple(value)
+    globs = as_globs(value) or ()
     for glob in globs:
         if not isinstance(glob, str) or not glob:
             raise refusal(

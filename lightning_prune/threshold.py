@@ -189,7 +189,7 @@ def _select(keys: Tensor, chosen: Tensor) -> Tensor:
 def _pivots(units: Candidates, members: Sequence[int], budget: int) -> tuple[int, int]:
     """Two keys between which the cut very likely lies, the same on all ranks."""
     stride = max(1, sum(units.sizes[i] for i in members) // _SAMPLE)
-    parts = [units.sample(i, stride) for i in members]
+    parts = [units.sample(i, stride).cpu() for i in members]  # small; and MPS has no float64
     keys, order = torch.cat(parts).sort()
     info = torch.iinfo(keys.dtype)
     whole = _cost(units, {i: units.sizes[i] for i in members})
@@ -198,7 +198,7 @@ def _pivots(units: Candidates, members: Sequence[int], budget: int) -> tuple[int
     else:
         weights = torch.cat(
             [
-                torch.full((len(p),), float(units.costs[i]), device=p.device, dtype=torch.float64)
+                torch.full((len(p),), float(units.costs[i]), dtype=torch.float64)
                 for i, p in zip(members, parts, strict=True)
             ]
         )[order]
@@ -206,7 +206,7 @@ def _pivots(units: Candidates, members: Sequence[int], budget: int) -> tuple[int
         middle = budget / whole
         # four standard deviations of a sampled quantile
         reach = 4 * (middle * (1 - middle) / len(keys)) ** 0.5 + 4 / len(keys)
-        ends = torch.tensor([middle - reach, middle + reach], device=keys.device).double()
+        ends = torch.tensor([middle - reach, middle + reach], dtype=torch.float64)
         first, last = torch.searchsorted(share, ends).clamp(max=len(keys) - 1).tolist()
         low = int(info.min) if first == 0 else int(keys[first])
         high = int(info.max) if middle + reach >= 1 else int(keys[last])

@@ -52,10 +52,14 @@ class UseCounter:
         self._handles: list[RemovableHandle] = []
         self.uses: dict[str, int] = {t.name: 0 for t in targets}
 
-    def __enter__(self) -> Self:
+    def open(self) -> None:
         """Starts counting."""
         for target in self._targets:
             self._handles.append(target.module.register_forward_hook(self._hook(target)))
+
+    def __enter__(self) -> Self:
+        """Starts counting."""
+        self.open()
         return self
 
     def __exit__(
@@ -74,7 +78,7 @@ class UseCounter:
         self._handles.clear()
 
     def _hook(self, target: Target) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        outputs = target.canonical(target.local).shape[1]
+        outputs = target.canonical_shape[1]
 
         def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             self.uses[target.name] += output.numel() // max(1, outputs)
@@ -101,10 +105,10 @@ def relative_costs(uses: Mapping[str, int]) -> dict[str, int]:
     for name, count in uses.items():
         if count <= 0:
             raise refusal(
-                "The forward pass does not use a selected weight, so it costs no MACs",
+                "The module of a selected weight was not called, so its MACs are not known",
                 where=name,
-                got="0 uses",
-                allowed="weights that the forward pass multiplies by",
+                got="no call in the forward pass (another function may have used the weight)",
+                allowed="weights whose own modules are called",
                 fix=f"exclude it with exclude=[{name!r}], or use budget='parameters'",
             )
     common = math.gcd(*uses.values())

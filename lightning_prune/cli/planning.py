@@ -54,11 +54,18 @@ class _Planner(Callback):
         if total is None:
             total = _run_length(trainer, self.ranks)
         plans = tuple(
-            plan(pl_module, c, c.settings.total_steps or total or NOMINAL_STEPS) for c in callbacks
+            plan(pl_module, c, c.settings.total_steps or total or _nominal(c)) for c in callbacks
         )
         known = total is not None or all(c.settings.total_steps for c in callbacks)
         self.found = Plans(plans=plans, known=known)
         raise _Stop
+
+
+def _nominal(callback: MaskCallback) -> int | None:
+    """A length to show a run of unknown length by; None where its moments are steps anyway."""
+    moments = (callback.settings.start, callback.settings.end)
+    steps = [moment for moment in moments if isinstance(moment, int)]
+    return None if len(steps) == len(moments) else max(NOMINAL_STEPS, *steps, 0)
 
 
 def find_plans(

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, P
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_prune.callbacks.base import MaskCallback
 from lightning_prune.cli import display
@@ -253,7 +254,8 @@ class PruneCLI(LightningCLI):
         """Validates the weights that training ended with; nothing is logged."""
         seconds = time.perf_counter() - began
         metrics: dict[str, float] = {}
-        if self.trainer.limit_val_batches:
+        validates = is_overridden("validation_step", self.model)
+        if validates and self.trainer.limit_val_batches and self.trainer.val_dataloaders:
             if self.trainer.progress_bar_callback is not None:
                 self.trainer.progress_bar_callback.disable()
             loggers, self.trainer.loggers = self.trainer.loggers, []

@@ -299,7 +299,10 @@ def plan(model: nn.Module, callback: Planned, total_steps: int | None) -> Plan:
     shards = shards_of((t.name, t.parameter) for t in selection.targets)
     costed = _costed(callback.policy, callback.settings.budget, selection.targets)
     policy = callback.policy if costed is None else costed
-    policy.check(selection.targets, callback.sparsity, shards)
+    if costed is None:
+        policy.check_patterns(selection.targets)
+    else:
+        policy.check(selection.targets, callback.sparsity, shards)
     timeline = callback.timeline(selection, total_steps)
     if costed is None:
         pruned, exact = 0, timeline.final == 0
