@@ -3,8 +3,8 @@
     python benchmarks/bench_mask_update.py
 
 The floor is one pass of `abs` over the weights. Ours scores, ranks, writes masks and weights; the
-peer is `torch.nn.utils.prune.global_unstructured` with L1. Both run in turn in this process, with
-nothing else on the machine. Peak memory is the process's high-water mark, reset before an update.
+peer is `torch.nn.utils.prune.global_unstructured` with L1. Both run in this process, one after the
+other, with nothing else on the machine. Peak memory is the process's high-water mark, reset before an update.
 """
 
 from __future__ import annotations
@@ -139,9 +139,10 @@ def main() -> None:
 
 - Machine: {minilm.machine()}
 - Command: `python benchmarks/bench_mask_update.py`
-- Median of {ROUNDS} updates along a schedule to 90% (the peer: of 3), alternating with the floor.
+- Median of {ROUNDS} updates along a schedule to 90%, each after one pass of the floor; then the peer,
+  median of 3, in the same process on the same shapes.
 - Ours: scores, exact global threshold, masks, and weights written. Peer:
-  `torch.nn.utils.prune.global_unstructured` (L1), same shapes, same process.
+  `torch.nn.utils.prune.global_unstructured` (L1).
 
 | | {small["weights"] / 1e6:.1f} M weights | {large["weights"] / 1e6:.0f} M weights | to reach |
 |---|---|---|---|

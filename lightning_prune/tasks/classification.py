@@ -76,8 +76,8 @@ class SequenceClassification(L.LightningModule):
     def configure_callbacks(self) -> Sequence[Callback]:
         """Builds the network if that had to wait for the data; adds no callback.
 
-        Of all hooks of a module this alone comes before every callback's `setup`, where weights are
-        selected for pruning.
+        Of all hooks of a module this alone comes before every callback's `setup`, where averaging
+        callbacks copy the module.
         """
         if self._source is not None and not hasattr(self, "model"):
             data = getattr(self.trainer, "datamodule", None)
