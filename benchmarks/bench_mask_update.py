@@ -4,7 +4,8 @@
 
 The floor is one pass of `abs` over the weights. Ours scores, ranks, writes masks and weights; the
 peer is `torch.nn.utils.prune.global_unstructured` with L1. Both run in this process, one after the
-other, with nothing else on the machine. Peak memory is the process's high-water mark, reset before an update.
+other, with nothing else on the machine. Peak memory is the process's high-water mark, reset before
+an update.
 """
 
 from __future__ import annotations
@@ -139,8 +140,8 @@ def main() -> None:
 
 - Machine: {minilm.machine()}
 - Command: `python benchmarks/bench_mask_update.py`
-- Median of {ROUNDS} updates along a schedule to 90%, each after one pass of the floor; then the peer,
-  median of 3, in the same process on the same shapes.
+- Median of {ROUNDS} updates along a schedule to 90%, each after one pass of the floor; then the
+  peer, median of 3, in the same process on the same shapes.
 - Ours: scores, exact global threshold, masks, and weights written. Peer:
   `torch.nn.utils.prune.global_unstructured` (L1).
 

@@ -6,12 +6,12 @@ What is pruned is decided by the `Policy` and written by `lightning_prune.apply`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_prune.allocation import Allocation
@@ -22,19 +22,25 @@ from lightning_prune.callbacks.averages import (
     project_checkpoint,
     swaps_weights,
 )
-from lightning_prune.callbacks.costs import count_with_example
+from lightning_prune.callbacks.costs import known_costs, shared_costs
 from lightning_prune.callbacks.run_length import run_length
 from lightning_prune.callbacks.settings import Settings
-from lightning_prune.callbacks.state import asked, check_checkpoint, pack_state, unpack_state
+from lightning_prune.callbacks.state import (
+    asked,
+    check_checkpoint,
+    check_shapes,
+    pack_state,
+    unpack_state,
+)
 from lightning_prune.callbacks.steps import StepCounter
 from lightning_prune.criteria import Criterion
-from lightning_prune.distributed import Shards, agree, shards_of, sum_over_ranks
+from lightning_prune.distributed import Shards, agree, shards_of
 from lightning_prune.errors import NoEffectWarning
 from lightning_prune.masks import MaskSet, pack, pruned_fraction, zero_fraction
 from lightning_prune.policy import Policy
 from lightning_prune.targets import Selection, Target, select
 from lightning_prune.timeline import Timeline
-from lightning_prune.usage import UseCounter, relative_costs
+from lightning_prune.usage import UseCounter
 
 __all__ = ["MaskCallback"]
 
@@ -73,6 +79,7 @@ class MaskCallback(L.Callback):
         self._stash: dict[str, Any] | None = None
         self._epochs: int | None = None  # of the Trainer, before other callbacks change it
         self._length: int | None = None  # the run's steps, as the Trainer counts them
+        self._suffix = ""  # of logged names, where several callbacks prune
         self._offset = 0  # how far the Trainer's count was ahead of ours when we began
 
     # What a plan sees ---------------------------------------------------------------------------
@@ -120,9 +127,11 @@ class MaskCallback(L.Callback):
     # Set-up -------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuses a Trainer of the other package."""
+        """Refuses a Trainer of the other package, and a checkpoint of another model."""
         checks.check_trainer(trainer, self.name)
         self._epochs = trainer.max_epochs  # StochasticWeightAveraging may add one to it
+        if stage == "fit" and not is_overridden("configure_model", pl_module):
+            check_shapes(trainer.ckpt_path, self.state_key, self.name, pl_module)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Selects the weights, refuses what cannot work, and attaches to the optimizers."""
@@ -138,13 +147,9 @@ class MaskCallback(L.Callback):
         shards = shards_of((t.name, t.parameter) for t in targets)
         if self._timeline is not None:
             checks.check_same_weights(self._ready(), targets, self.name)
-        if self.settings.budget == "bytes":
-            self.policy = self.policy.with_costs(
-                {t.name: t.parameter.element_size() for t in targets}
-            )
-        elif self.settings.budget == "macs" and not self.policy.costs:
-            self._set_uses(count_with_example(trainer, pl_module, targets), pl_module.device)
-        if self.settings.budget == "macs" and not self.policy.costs:
+        costs = known_costs(self.settings.budget, self.policy.costs, trainer, pl_module, targets)
+        self.policy = self.policy.with_costs(costs or {})
+        if costs is None:
             self.policy.check_patterns(targets)
         else:
             self.policy.check(targets, self.sparsity, shards)
@@ -158,6 +163,8 @@ class MaskCallback(L.Callback):
             }
         )
         self._targets, self._shards = targets, shards
+        pruners = [c for c in trainer.callbacks if isinstance(c, MaskCallback)]  # type: ignore[attr-defined]
+        self._suffix = f"/{pruners.index(self)}" if len(pruners) > 1 else ""
         self._counter.attach(trainer.optimizers, targets, self._after_step)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -192,10 +199,6 @@ class MaskCallback(L.Callback):
         self._project()
         self._actual = pruned_fraction(masks, self._targets, self._shards)
 
-    def _set_uses(self, uses: Mapping[str, int] | None, device: torch.device) -> None:
-        if uses is not None:
-            self.policy = self.policy.with_costs(relative_costs(sum_over_ranks(uses, device)))
-
     # Training -----------------------------------------------------------------------------------
 
     def on_train_batch_start(
@@ -215,7 +218,7 @@ class MaskCallback(L.Callback):
     def _stop_counting(self, pl_module: L.LightningModule) -> None:
         if self._uses is not None:
             self._uses.close()
-            self._set_uses(self._uses.uses, pl_module.device)
+            self.policy = self.policy.with_costs(shared_costs(self._uses, pl_module.device))
             self._uses = None
             self.policy.check(self._targets, self.sparsity, self._shards)
 
@@ -252,11 +255,10 @@ class MaskCallback(L.Callback):
         self._stop_counting(pl_module)
         self._update_if_due()
         if not trainer.barebones:
-            due = self._resolved().value(self.step)
+            due = self._resolved().value(self.step) if self._updated >= 0 else self._actual
             for name, value in (("target", due), ("actual", self._actual)):
-                pl_module.log(
-                    f"sparsity/{name}", value, prog_bar=True, on_step=True, on_epoch=False
-                )
+                label = f"sparsity/{name}{self._suffix}"
+                pl_module.log(label, value, prog_bar=True, on_step=True, on_epoch=False)
 
     def _update_if_due(self) -> None:
         step, schedule = self.step, self._resolved()

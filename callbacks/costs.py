@@ -1,4 +1,4 @@
-"""What a weight costs in MACs, from the module's own example input."""
+"""What a weight costs in the unit of the budget."""
 
 from __future__ import annotations
 
@@ -9,10 +9,42 @@ import lightning as L
 import torch
 from lightning.fabric.utilities import move_data_to_device
 
+from lightning_prune.distributed import sum_over_ranks
 from lightning_prune.targets import Target
-from lightning_prune.usage import UseCounter
+from lightning_prune.usage import UseCounter, relative_costs
 
-__all__ = ["count_with_example"]
+__all__ = ["count_with_example", "known_costs", "shared_costs"]
+
+
+def known_costs(
+    budget: str,
+    known: Mapping[str, int],
+    trainer: L.Trainer,
+    pl_module: L.LightningModule,
+    targets: Sequence[Target],
+) -> Mapping[str, int] | None:
+    """What can be known before training.
+
+    Args:
+        budget: "parameters", "macs" or "bytes".
+        known: Costs from an earlier fit, by parameter name.
+        trainer: The Trainer.
+        pl_module: The module.
+        targets: The weights.
+
+    Returns:
+        Costs by parameter name, empty where all are 1; None where a batch must tell.
+    """
+    if budget == "bytes":
+        return {t.name: t.parameter.element_size() for t in targets}
+    if budget == "macs":
+        return known or count_with_example(trainer, pl_module, targets)
+    return {}
+
+
+def shared_costs(counter: UseCounter, device: torch.device) -> dict[str, int]:
+    """Relative costs from what all ranks counted; every rank must call it."""
+    return relative_costs(sum_over_ranks(counter.uses, device))
 
 
 def count_with_example(
@@ -27,7 +59,7 @@ def count_with_example(
         targets: The weights.
 
     Returns:
-        MACs per weight by parameter name; None when there is no example input.
+        Relative MACs per weight by parameter name; None when there is no example input.
     """
     example = pl_module.example_input_array
     if example is None:
@@ -46,7 +78,7 @@ def count_with_example(
             pl_module(*example)
         else:
             pl_module(example)
-    return counter.uses
+    return shared_costs(counter, pl_module.device)
 
 
 @contextmanager

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import FunctionType
 from typing import Any
+
+import torch
+from torch import nn
 
 from lightning_prune.callbacks.settings import Settings
 from lightning_prune.distributed import gather_whole, local_part
@@ -13,10 +18,18 @@ from lightning_prune.errors import refusal
 from lightning_prune.masks import MaskSet
 from lightning_prune.policy import Policy
 from lightning_prune.schedules import Custom
-from lightning_prune.targets import Target
+from lightning_prune.targets import Target, canonical_name
 from lightning_prune.timeline import Timeline
 
-__all__ = ["Restored", "as_text", "asked", "check_checkpoint", "pack_state", "unpack_state"]
+__all__ = [
+    "Restored",
+    "as_text",
+    "asked",
+    "check_checkpoint",
+    "check_shapes",
+    "pack_state",
+    "unpack_state",
+]
 
 _VERSION = 1
 
@@ -84,16 +97,7 @@ def unpack_state(
             allowed=f"version {_VERSION}",
             fix="resume with the lightning-prune that wrote it",
         )
-    for field, value in asked.items():
-        if state["asked"].get(field) != value:
-            raise refusal(
-                f"The checkpoint was written with another {field}",
-                where=f"{owner}({field}=...)",
-                got=f"{state['asked'].get(field)} in the checkpoint, {value} now",
-                allowed="the same as when the run began",
-                fix=f"resume with {field}={state['asked'].get(field)}, or start a new run from the "
-                "weights with initial_sparsity='from_model'",
-            )
+    _check_asked(state, owner, asked)
     whole = MaskSet(
         {t.name: masks[t.name].new_empty(t.shape) if t.sharded else masks[t.name] for t in targets}
     )
@@ -114,6 +118,19 @@ def unpack_state(
     )
 
 
+def _check_asked(state: Mapping[str, Any], owner: str, now: Mapping[str, str]) -> None:
+    for field, value in now.items():
+        if state.get("asked", now).get(field) != value:
+            raise refusal(
+                f"The checkpoint was written with another {field}",
+                where=f"{owner}({field}=...)",
+                got=f"{state['asked'].get(field)} in the checkpoint, {value} now",
+                allowed="the same as when the run began",
+                fix=f"resume with {field}={state['asked'].get(field)}, or start a new run from the "
+                "weights with initial_sparsity='from_model'",
+            )
+
+
 def check_checkpoint(checkpoint: Mapping[str, Any], state_key: str, owner: str) -> None:
     """Refuses a checkpoint that holds this kind of callback only with other targets.
 
@@ -121,14 +138,40 @@ def check_checkpoint(checkpoint: Mapping[str, Any], state_key: str, owner: str) 
     """
     kind = state_key.split("{")[0]
     keys = [k for k in checkpoint.get("callbacks", {}) if k.split("{")[0] == kind]
-    if keys and state_key not in keys:
-        raise refusal(
-            "The checkpoint was written with another selection of weights",
-            where=owner,
-            got="; ".join(keys),
-            allowed=state_key,
-            fix="resume with the same targets and exclude",
-        )
+    if not keys or state_key in keys:
+        return
+    raise refusal(
+        "The checkpoint was written with another selection of weights",
+        where=owner,
+        got="; ".join(keys),
+        allowed=state_key,
+        fix="resume with the same targets and exclude",
+    )
+
+
+def check_shapes(path: str | Path | None, state_key: str, owner: str, module: nn.Module) -> None:
+    """Refuses a checkpoint of another model, before its weights are loaded.
+
+    Reads the masks' shapes alone. A file that is no checkpoint of tensors and primitives is left
+    to Lightning, which says so.
+    """
+    if path is None or not Path(path).is_file():
+        return
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError):
+        return
+    state = loaded.get("callbacks", {}).get(state_key, {}) if isinstance(loaded, dict) else {}
+    shapes = {canonical_name(n): tuple(p.shape) for n, p in module.named_parameters()}
+    for name, mask in state.get("masks", {}).items():
+        if shapes.get(name) != tuple(mask["shape"]):
+            raise refusal(
+                "The checkpoint is of another model",
+                where=f"{owner}, {name}",
+                got=f"shape {tuple(mask['shape'])} in the checkpoint",
+                allowed=f"shape {shapes[name]}" if name in shapes else "a weight of this model",
+                fix="resume with the model that the checkpoint was written with",
+            )
 
 
 def as_text(value: object) -> str:

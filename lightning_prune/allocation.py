@@ -187,12 +187,21 @@ class PerGlob:
 
     def __post_init__(self) -> None:
         """Checks the sparsities."""
+        if not self.sparsities:
+            raise refusal(
+                "No sparsity is given by glob",
+                where="allocation",
+                got="an empty dict",
+                allowed="at least one glob, or a name",
+                fix="write allocation='global'",
+            )
         for glob, sparsity in self.sparsities.items():
-            if isinstance(sparsity, bool) or not 0 <= sparsity < 1:
+            number = isinstance(sparsity, int | float) and not isinstance(sparsity, bool)
+            if not number or not 0 <= sparsity < 1:
                 raise refusal(
                     "Sparsity is a fraction",
                     where=f"allocation[{glob!r}]",
-                    got=sparsity,
+                    got=repr(sparsity),
                     allowed="a number in [0, 1)",
                     fix="write 0.9 for 90%",
                 )
@@ -228,6 +237,7 @@ class PerGlob:
         free = [cap if s is None else 0 for s, cap in zip(own, pool.caps, strict=True)]
         rest = cost(pool, free)
         slack = len(pool.units) + 1e-3 * whole
+        nearest = fixed if budget < fixed else fixed + rest
         if not fixed - slack <= budget <= fixed + rest + slack:
             raise refusal(
                 "The sparsities by glob do not add up to the budget",
@@ -235,7 +245,7 @@ class PerGlob:
                 got=f"sparsity {budget / whole:.6f}, while the globs give {fixed / whole:.6f} and "
                 f"the rest can give up to {rest / whole:.6f} more",
                 allowed=f"a sparsity in [{fixed / whole:.6f}, {(fixed + rest) / whole:.6f}]",
-                fix=f"write sparsity={fixed / whole:.6f}, or change the sparsities by glob",
+                fix=f"write sparsity={nearest / whole:.6f}, or change the sparsities by glob",
             )
         bounds(pool, budget, 0.0, 1.0)
 

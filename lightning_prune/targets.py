@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from lightning_prune.errors import refusal
 
@@ -314,7 +315,16 @@ def select(
     used: set[str] = set()
     chosen: list[Target] = []
     excluded: list[Excluded] = []
+    reasons: list[tuple[list[str], str]] = []
     for places in seen.values():
+        if is_lazy(places[0][3]):
+            raise refusal(
+                "A weight of a lazy module has no shape yet",
+                where=places[0][0],
+                got=type(places[0][2]).__name__,
+                allowed="initialised modules",
+                fix="run one batch through the model before fit",
+            )
         size = places[0][3].numel()
         names = [p[0] for p in places]
         asked = [p for p in places if p[0] in wanted]
@@ -358,6 +368,7 @@ def select(
             )
         else:
             excluded.append(Excluded(name=name, size=size, reason=reason))
+            reasons.append((names, reason))
 
     for argument, globs in (("targets", wanted), ("exclude", unwanted)):
         for glob in globs:
@@ -371,12 +382,12 @@ def select(
                     fix="run `lightning-prune plan` to see all the names; * crosses dots",
                 )
     if not chosen:
-        matched = [e.reason for e in excluded if not wanted or _any_match(wanted, [e.name])]
-        reasons = sorted(set(matched)) or ["the model has no parameters"]
+        matched = {why for names, why in reasons if not wanted or _any_match(wanted, names)}
+        shown = sorted(matched) or ["the model has no parameters"]
         raise refusal(
             "Nothing is selected, so nothing would be pruned",
             where="targets" if wanted else type(model).__name__,
-            got="; ".join(reasons[:6]),
+            got="; ".join(shown[:6]),
             allowed="at least one Linear, Conv1D or Conv weight",
             fix="name the parameters in full in targets to override an exclusion",
         )

@@ -139,8 +139,8 @@ def timeline(
             where="start and end",
             got=f"start={start}, end={end}, and no number of steps",
             allowed="steps (int), or a run of known length",
-            fix="give start and end as steps, give the callback total_steps=..., or the Trainer "
-            "max_steps=...",
+            fix="give start and end as steps, or the callback total_steps=...; under automatic "
+            "optimization the Trainer's max_steps=... will do",
         )
 
     def step(moment: int | float) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -20,6 +21,10 @@ _CHATTER = (
     "Errors:",
     "Given value type",
 )
+
+
+# RuntimeErrors that mean a mistake in the configuration.
+_REFUSED_BY_LIGHTNING = ("Found more than one stateful callback", "Error(s) in loading state_dict")
 
 
 def run(command: str, args: Sequence[str]) -> int:
@@ -42,7 +47,14 @@ def run(command: str, args: Sequence[str]) -> int:
             from lightning_prune.cli.recipe import PruneCLI
 
             PruneCLI([command, *args])
-    except (ArgumentError, MisconfigurationException, ValueError) as error:
+    except (
+        ArgumentError,
+        MisconfigurationException,
+        ValueError,
+        OSError,
+        RuntimeError,
+        pickle.UnpicklingError,
+    ) as error:
         message = explain(error)
         if message is None:
             raise
@@ -64,7 +76,11 @@ def explain(error: BaseException) -> str | None:
         cause = cause.__cause__
     if isinstance(error, ArgumentError):
         return shorten(error.message or str(error))
-    if isinstance(error, MisconfigurationException):
+    if isinstance(error, MisconfigurationException | FileNotFoundError | FileExistsError):
+        return str(error)
+    if isinstance(error, pickle.UnpicklingError):
+        return "a file named in the configuration is no checkpoint of tensors and primitives"
+    if isinstance(error, RuntimeError) and str(error).startswith(_REFUSED_BY_LIGHTNING):
         return str(error)
     return None
 

@@ -92,10 +92,7 @@ def load_model(path: str, module: type[L.LightningModule] | None = None) -> nn.M
     if (place / MANIFEST).exists():
         return from_pretrained(place)
     if (place / "config.json").exists():
-        config = json.loads((place / "config.json").read_text(encoding="utf-8"))
-        (name,) = (config.get("architectures") or [""])[:1]
-        with without_progress_bars():
-            return load(class_named(name, place), place)
+        return _from_stock_folder(place)
     raise refusal(
         "There is no model here",
         where=path,
@@ -103,6 +100,24 @@ def load_model(path: str, module: type[L.LightningModule] | None = None) -> nn.M
         allowed="a folder that save_pretrained wrote, a transformers model's folder, or a .ckpt",
         fix="correct the path",
     )
+
+
+def _from_stock_folder(place: Path) -> nn.Module:
+    from safetensors import SafetensorError
+
+    try:
+        config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+        (name,) = (config.get("architectures") or [""])[:1]
+        with without_progress_bars():
+            return load(class_named(name, place), place)
+    except (json.JSONDecodeError, OSError, RuntimeError, SafetensorError) as error:
+        raise refusal(
+            "The folder cannot be loaded",
+            where=str(place),
+            got=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+            allowed="a folder that the stock class loads",
+            fix="save the model again",
+        ) from error
 
 
 def _from_checkpoint(path: Path, module: type[L.LightningModule] | None) -> nn.Module:

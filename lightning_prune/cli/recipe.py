@@ -236,6 +236,9 @@ class PruneCLI(LightningCLI):
             "callbacks": json.loads(json.dumps(callbacks, default=str)),
         }
 
+    def _parse_ckpt_path(self) -> None:
+        """What the configuration says counts; a checkpoint's own arguments do not replace it."""
+
     @rank_zero_only
     def _report(self, outcome: Outcome) -> None:
         refused: PruneError | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 import shutil
@@ -110,7 +111,7 @@ def save_pretrained(
 
 
 def from_pretrained(path: str | Path) -> PreTrainedModel:
-    """Loads what `save_pretrained` wrote, and checks that every recorded zero is there.
+    """Loads what `save_pretrained` wrote, and checks that it is still what was saved.
 
     Args:
         path: The folder.
@@ -132,6 +133,16 @@ def from_pretrained(path: str | Path) -> PreTrainedModel:
             allowed=f"a folder with {MANIFEST}",
             fix="load it with the stock loader, such as AutoModel.from_pretrained(path)",
         )
+    for name, digest in manifest["sha256"].items():
+        file = folder / name
+        if not file.is_file() or _digest(file) != digest:
+            raise refusal(
+                "The folder does not hold what was saved",
+                where=str(file),
+                got="other contents" if file.is_file() else "no such file",
+                allowed=f"the file with the digest that {MANIFEST} says",
+                fix="save the model again; the stock loader loads the folder without this check",
+            )
     with without_progress_bars():
         model = load(class_named(manifest["architecture"], folder), folder)
     recorded, found = manifest["zeros_of_parameters"], zeros_of(model)
@@ -156,9 +167,15 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    needed = {"architecture", "files", "zeros_of_parameters"}
+    needed = {"architecture": str, "files": list, "zeros_of_parameters": dict, "sha256": dict}
     ours = isinstance(manifest, dict) and manifest.get("format") == _FORMAT
-    return manifest if ours and needed <= manifest.keys() else None
+    whole = ours and all(isinstance(manifest.get(name), kind) for name, kind in needed.items())
+    return manifest if whole else None
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _files(folder: Path) -> list[str]:
@@ -240,6 +257,7 @@ def _write_manifest(
         **report(network).to_dict(),
         "zeros_of_parameters": zeros_of(network),
         "files": [*_files(folder), MANIFEST],
+        "sha256": {name: _digest(folder / name) for name in _files(folder)},
     }
     text = json.dumps(manifest, indent=2)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")

@@ -16,7 +16,14 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from lightning_prune.allocation import ERK, LAMP, Allocation, Global, PerGlob, Uniform
 from lightning_prune.apply import mask_, mask_moments_
 from lightning_prune.criteria import Criterion, Magnitude, Random
-from lightning_prune.distributed import Shards, agree, gather_whole, local_part, shards_of
+from lightning_prune.distributed import (
+    Shards,
+    agree,
+    gather_whole,
+    local_part,
+    shards_of,
+    sum_over_ranks,
+)
 from lightning_prune.errors import PruneError
 from lightning_prune.masks import MaskSet, pack, pruned_fraction, zero_fraction
 from lightning_prune.patterns import NM, Block, Column, Pattern, Row, Unstructured
@@ -84,7 +91,7 @@ def observe(rank: int) -> Iterator[tuple[str, Any]]:
     yield "shapes", [tuple(t.shape) for t in chosen]
     yield "sum", shards.sum(torch.tensor([1, rank])).tolist()
     yield "stack", shards.stack(torch.tensor([5, rank])).tolist()
-    yield "agree_on", shards.agree_on({"a": 1, "b": rank})
+    yield "sum_over_ranks", sum_over_ranks({"a": 1, "b": rank}, torch.device("cpu"))
     for dtype in (torch.float32, torch.bool, torch.uint8):
         parts = [(w > 0).to(dtype) for w in weights()]
         whole = [
@@ -164,7 +171,7 @@ def test_counts_add_up_and_are_collected(seen):
     for s in seen:
         assert s["sum"] == [2, 1]
         assert s["stack"] == [[5, 0], [5, 1]]
-        assert s["agree_on"] == {"a": 2, "b": 1}
+        assert s["sum_over_ranks"] == {"a": 2, "b": 1}
 
 
 def test_parts_make_the_whole_and_the_whole_gives_parts(seen):
@@ -229,7 +236,7 @@ def test_one_process_holds_everything():
     counts = torch.tensor([1, 2])
     assert shards.sum(counts) is counts
     assert shards.stack(counts).tolist() == [[1, 2]]
-    assert shards.agree_on({"a": 3}) == {"a": 3}
+    assert sum_over_ranks({"a": 3}, torch.device("cpu")) == {"a": 3}
     whole = torch.rand(5, 8)
     assert gather_whole(chosen[0].parameter, whole) is whole
     assert local_part(chosen[0].parameter, whole) is whole

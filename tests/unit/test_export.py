@@ -1,3 +1,4 @@
+import hashlib
 import importlib.util
 import json
 import random
@@ -300,6 +301,17 @@ def edit(folder: Path, name: str, change) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors[name])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    seal(folder)
+
+
+def seal(folder: Path) -> None:
+    """Writes the digest of the weights as they are now into the manifest, where there is one."""
+    if not (folder / MANIFEST).exists():
+        return
+    told = manifest(folder)
+    weights = (folder / "model.safetensors").read_bytes()
+    told["sha256"]["model.safetensors"] = hashlib.sha256(weights).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(told))
 
 
 @pytest.fixture
@@ -476,7 +488,23 @@ def test_a_missing_tensor_is_not_made_up(bert, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     del tensors["classifier.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    seal(folder)
     with pytest.raises(PruneError, match=r"missing_keys: classifier\.weight"):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize("harm", ["altered", "cut", "gone", "config"])
+def test_files_that_are_not_those_saved_are_found(bert, tmp_path, harm):
+    folder = save_pretrained(bert, tmp_path / "out")
+    file = folder / ("config.json" if harm == "config" else "model.safetensors")
+    if harm == "gone":
+        file.unlink()
+    elif harm == "altered":  # the same number of zeros
+        tensors = {name: w * 2 for name, w in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    else:
+        file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(PruneError, match=f"does not hold what was saved.*\n.*{file.name}"):
         from_pretrained(folder)
 
 
