@@ -21,6 +21,7 @@ import minilm
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.utils.data import DataLoader
 
 from lightning_prune.callbacks import GradualMagnitudePruning
 from lightning_prune.targets import select
@@ -110,7 +111,7 @@ def fit(module: Module, callbacks: list[L.Callback], steps: list[Batch]) -> None
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, steps)
+    trainer.fit(module, DataLoader(steps, batch_size=None))
 
 
 def alternate(pairs: int) -> dict[str, list[float]]:

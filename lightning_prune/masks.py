@@ -53,7 +53,8 @@ def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
 class MaskSet(Mapping[str, Tensor]):
     """Masks by parameter name, in a fixed order.
 
-    Holds one byte a weight in memory, and one bit a weight in ``state_dict``.
+    Holds one byte a weight in memory, and one bit a weight in ``state_dict``. Setting a mask writes
+    into the tensor that is there.
 
     Args:
         masks: Bool tensors by name.
@@ -82,7 +83,7 @@ class MaskSet(Mapping[str, Tensor]):
                 allowed=f"torch.bool of shape {tuple(old.shape)}",
                 fix="build the mask from the weight that it is for",
             )
-        self._masks[name] = mask
+        old.copy_(mask)  # in place: new masks between freed scores would split the heap
         self._kept.pop(name, None)
 
     def kept(self, name: str) -> int:
