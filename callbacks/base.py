@@ -11,7 +11,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_prune.allocation import Allocation
@@ -28,7 +27,6 @@ from lightning_prune.callbacks.settings import Settings
 from lightning_prune.callbacks.state import (
     asked,
     check_checkpoint,
-    check_shapes,
     pack_state,
     unpack_state,
 )
@@ -127,11 +125,9 @@ class MaskCallback(L.Callback):
     # Set-up -------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuses a Trainer of the other package, and a checkpoint of another model."""
+        """Refuses a Trainer of the other package."""
         checks.check_trainer(trainer, self.name)
         self._epochs = trainer.max_epochs  # StochasticWeightAveraging may add one to it
-        if stage == "fit" and not is_overridden("configure_model", pl_module):
-            check_shapes(trainer.ckpt_path, self.state_key, self.name, pl_module)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Selects the weights, refuses what cannot work, and attaches to the optimizers."""

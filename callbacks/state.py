@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from types import FunctionType
 from typing import Any
-
-import torch
-from torch import nn
 
 from lightning_prune.callbacks.settings import Settings
 from lightning_prune.distributed import gather_whole, local_part
@@ -18,7 +13,7 @@ from lightning_prune.errors import refusal
 from lightning_prune.masks import MaskSet
 from lightning_prune.policy import Policy
 from lightning_prune.schedules import Custom
-from lightning_prune.targets import Target, canonical_name
+from lightning_prune.targets import Target
 from lightning_prune.timeline import Timeline
 
 __all__ = [
@@ -26,7 +21,6 @@ __all__ = [
     "as_text",
     "asked",
     "check_checkpoint",
-    "check_shapes",
     "pack_state",
     "unpack_state",
 ]
@@ -147,31 +141,6 @@ def check_checkpoint(checkpoint: Mapping[str, Any], state_key: str, owner: str) 
         allowed=state_key,
         fix="resume with the same targets and exclude",
     )
-
-
-def check_shapes(path: str | Path | None, state_key: str, owner: str, module: nn.Module) -> None:
-    """Refuses a checkpoint of another model, before its weights are loaded.
-
-    Reads the masks' shapes alone. A file that is no checkpoint of tensors and primitives is left
-    to Lightning, which says so.
-    """
-    if path is None or not Path(path).is_file():
-        return
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError):
-        return
-    state = loaded.get("callbacks", {}).get(state_key, {}) if isinstance(loaded, dict) else {}
-    shapes = {canonical_name(n): tuple(p.shape) for n, p in module.named_parameters()}
-    for name, mask in state.get("masks", {}).items():
-        if shapes.get(name) != tuple(mask["shape"]):
-            raise refusal(
-                "The checkpoint is of another model",
-                where=f"{owner}, {name}",
-                got=f"shape {tuple(mask['shape'])} in the checkpoint",
-                allowed=f"shape {shapes[name]}" if name in shapes else "a weight of this model",
-                fix="resume with the model that the checkpoint was written with",
-            )
 
 
 def as_text(value: object) -> str:

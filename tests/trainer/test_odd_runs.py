@@ -176,3 +176,24 @@ def test_rows_of_a_transposed_convolution_are_refused():
     model.up = nn.ConvTranspose1d(2, 4, 3)
     with pytest.raises(PruneError, match="not defined for this weight"):
         fit(model, GradualMagnitudePruning(0.5, pattern="row", targets=["up.weight"]))
+
+
+def test_two_callbacks_log_under_names_of_their_own():
+    first = GradualMagnitudePruning(0.75, targets="first")
+    second = GradualMagnitudePruning(0.5, targets="second")
+    metrics = fit(Net(), first, second).callback_metrics
+    assert metrics["sparsity/actual/0"] == 0.75
+    assert metrics["sparsity/actual/1"] == 0.5
+
+
+def test_the_target_before_the_start_is_what_is_there():
+    seen = []
+
+    class Reads(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append(float(trainer.callback_metrics["sparsity/target"]))
+
+    fit(Net(), GradualMagnitudePruning(0.75, initial_sparsity=0.5), Reads())
+    assert seen[:4] == [0.0] * 4
+    assert seen[4] == 0.5
+    assert seen[-1] == 0.75
