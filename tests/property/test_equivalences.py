@@ -29,7 +29,7 @@ def draw_sparsity(data: st.DataObject, chosen: list[Target]) -> float:
     return data.draw(st.floats(0, 1)) * most(Unstructured(), chosen) / sum(t.size for t in chosen)
 
 
-@pytest.mark.parametrize("allocation", [*ALLOCATIONS, PerGlob({"absent": 0.5})], ids=repr)
+@pytest.mark.parametrize("allocation", ALLOCATIONS, ids=repr)
 @settings(max_examples=15)
 @given(data=st.data())
 def test_on_one_tensor_all_allocations_are_global(allocation, data):
