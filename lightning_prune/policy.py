@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +109,7 @@ class Policy:
         quotas = self.allocation.split(pool, budget)
         growing = not self.regrow and grows(pool, budget)
         for i, (target, quota) in enumerate(zip(targets, quotas, strict=True)):
-            kept = take(pool.candidates.keys(i), partial(pool.candidates.pruned, i), quota)
+            kept = take(pool.candidates, i, quota)
             mask = self.pattern.expand(target, kept)
             if growing and not isinstance(self.pattern, Unstructured):
                 mask &= masks[target.name]  # zeros of the model that lie scattered in kept groups
@@ -144,13 +143,12 @@ class Policy:
                 given = given - (~masks[targets[i].name]).to(given.dtype)
             return pattern.unit_scores(targets[i], given)
 
-        def keys(i: int) -> Tensor:
-            return order_keys(scores(i))
+        piecewise = alone and getattr(criterion, "elementwise", False)
 
-        def sample(i: int, every: int) -> Tensor:
-            if not (alone and getattr(criterion, "elementwise", False)):
-                return keys(i)[::every]
-            part = nn.Parameter(targets[i].local.reshape(-1)[::every], requires_grad=False)
+        def keys(i: int, where: slice) -> Tensor:
+            if not piecewise:
+                return order_keys(scores(i))[where]
+            part = nn.Parameter(targets[i].local.reshape(-1)[where], requires_grad=False)
             given = criterion.score(replace(targets[i], parameter=part, layout="vector"))
             return order_keys(given.double() if wide else given)
 
@@ -180,7 +178,7 @@ class Policy:
             scores=scores,
             candidates=Candidates(
                 keys=keys,
-                sample=sample,
+                piecewise=piecewise,
                 pruned=pruned,
                 sizes=[t.local.numel() // n for t, n in zip(targets, sizes, strict=True)],
                 costs=[n * self.costs.get(t.name, 1) for t, n in zip(targets, sizes, strict=True)],

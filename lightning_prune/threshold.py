@@ -8,9 +8,12 @@ answer is the same, only slower. Histograms add over shards, so that ranks agree
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +23,7 @@ __all__ = ["Candidates", "Quota", "order_keys", "smallest", "take"]
 
 _SAMPLE = 1 << 16
 _BINS = 1 << 14
+_PIECE = 1 << 18
 
 
 def order_keys(scores: Tensor) -> Tensor:
@@ -67,9 +71,9 @@ class Candidates:
     """Units to choose from: one entry per tensor.
 
     Attributes:
-        keys: Gives the order keys of tensor i's local units, 1-D; computed anew at every call so
-            that no scores of all tensors are ever held at once.
-        sample: Gives every n-th of these keys, for arguments (i, n).
+        keys: Gives the order keys of those of tensor i's local units that a slice picks, 1-D;
+            computed anew at every call so that no scores of all tensors are ever held at once.
+        piecewise: Whether a slice's keys take no more work than the slice is long.
         pruned: Gives, for tensor i, which local units are pruned already, 1-D bool.
         sizes: How many local units each tensor has.
         costs: What one unit of each tensor costs, as a positive integer.
@@ -77,13 +81,25 @@ class Candidates:
         shards: How counts add over ranks.
     """
 
-    keys: Callable[[int], Tensor]
-    sample: Callable[[int, int], Tensor]
+    keys: Callable[[int, slice], Tensor]
     pruned: Callable[[int], Tensor]
     sizes: Sequence[int]
     costs: Sequence[int]
     sharded: Sequence[bool]
+    piecewise: bool = False
     shards: Shards = field(default_factory=Shards)
+
+    def all_keys(self, i: int) -> Tensor:
+        """The order keys of all of tensor i's local units."""
+        return self.keys(i, slice(None))
+
+    def pieces(self, i: int) -> Iterator[tuple[slice, Tensor]]:
+        """The keys of tensor i a piece at a time, so that they stay in the processor's cache."""
+        size = self.sizes[i]
+        step = _PIECE if self.piecewise else max(1, size)
+        for start in range(0, size, step):
+            where = slice(start, min(size, start + step))
+            yield where, self.keys(i, where)
 
     def counted(self, i: int) -> bool:
         """Whether this rank's count of tensor i enters the sum: whole tensors are counted once."""
@@ -112,24 +128,23 @@ def smallest(units: Candidates, members: Sequence[int], budget: int) -> dict[int
     return _settle(search, units, members, budget)
 
 
-def take(keys: Tensor, pruned: Callable[[], Tensor], quota: Quota) -> Tensor:
-    """Which units stay, given a quota.
+def take(units: Candidates, i: int, quota: Quota) -> Tensor:
+    """Which units of a tensor stay, given a quota.
 
     Args:
-        keys: Order keys of the local units, shape (U,).
-        pruned: Gives which of them are pruned already, bool of shape (U,); asked only where ties
-            split.
-        quota: What to prune.
+        units: The candidates that the quota was found from.
+        i: The tensor.
+        quota: What to prune of it.
 
     Returns:
-        Bool of shape (U,), True = kept.
+        Bool of shape (U,) over the local units, True = kept.
     """
-    if quota.count == 0:
-        return torch.ones_like(keys, dtype=torch.bool)
-    kept = keys >= quota.key
+    if quota.count == 0 or units.sizes[i] == 0:
+        return torch.ones_like(units.all_keys(i), dtype=torch.bool)
+    kept = torch.cat([_compare(operator.ge, keys, quota.key) for _, keys in units.pieces(i)])
     if quota.settled or quota.fresh:
-        at = (keys == quota.key).nonzero().squeeze(1)
-        old = pruned()[at]
+        at = (units.all_keys(i) == quota.key).nonzero().squeeze(1)
+        old = units.pruned(i)[at]
         kept[at[old][: quota.settled]] = False
         kept[at[~old][: quota.fresh]] = False
     return kept
@@ -145,6 +160,10 @@ class _Search:
     base: dict[int, int]  # this rank's units under the bracket, per tensor
     inside: dict[int, Tensor] | None  # the keys in the bracket; None = nothing was taken out
 
+    def keys(self, units: Candidates, i: int) -> Tensor:
+        """This rank's keys of tensor i, as far as they lie in the bracket."""
+        return units.all_keys(i) if self.inside is None else self.inside[i]
+
 
 def _cost(units: Candidates, counts: dict[int, int]) -> int:
     mine = sum(n * units.costs[i] for i, n in counts.items() if units.counted(i))
@@ -152,7 +171,7 @@ def _cost(units: Candidates, counts: dict[int, int]) -> int:
 
 
 def _unbracketed(units: Candidates, members: Sequence[int]) -> _Search:
-    info = torch.iinfo(units.keys(members[0]).dtype)
+    info = torch.iinfo(units.all_keys(members[0]).dtype)
     return _Search(lo=int(info.min), hi=int(info.max), spent=0, base={}, inside=None)
 
 
@@ -163,21 +182,36 @@ def _bracketed(units: Candidates, members: Sequence[int], budget: int) -> _Searc
         return None
     base, upto, inside = {}, {}, {}
     for i in members:
-        keys = units.keys(i)
-        over = keys >= lo
-        base[i] = len(keys) - int(torch.count_nonzero(over))
-        inside[i] = _select(keys, over.logical_and_(keys <= hi))
+        base[i], parts = 0, [units.all_keys(i)[:0]] if not units.sizes[i] else []
+        for _, keys in units.pieces(i):
+            over = _compare(operator.ge, keys, lo)
+            base[i] += len(keys) - _count(over)
+            parts.append(_select(keys, over.logical_and_(_compare(operator.le, keys, hi))))
+        inside[i] = torch.cat(parts)
         upto[i] = base[i] + len(inside[i])
     spent, reached = _cost(units, base), _cost(units, upto)
     if spent < budget <= reached:
         return _Search(lo=lo, hi=hi, spent=spent, base=base, inside=inside)
     # just outside there may lie a value that very many units share
     edge = lo - 1 if budget <= spent else hi + 1
-    at = _cost(units, {i: int(torch.count_nonzero(units.keys(i) == edge)) for i in members})
+    at = _cost(units, {i: int(torch.count_nonzero(units.all_keys(i) == edge)) for i in members})
     under = spent - at if budget <= spent else reached
     if under < budget <= under + at:
         return _Search(lo=edge, hi=edge, spent=under, base={}, inside=None)
     return None
+
+
+def _compare(how: Callable[[Any, int], Any], keys: Tensor, bound: int) -> Tensor:
+    if keys.device.type == "cpu":  # NumPy compares twice as fast
+        return torch.from_numpy(how(keys.numpy(), bound))
+    compared: Tensor = how(keys, bound)
+    return compared
+
+
+def _count(chosen: Tensor) -> int:
+    if chosen.device.type == "cpu":
+        return int(np.count_nonzero(chosen.numpy()))
+    return int(torch.count_nonzero(chosen))
 
 
 def _select(keys: Tensor, chosen: Tensor) -> Tensor:
@@ -189,7 +223,9 @@ def _select(keys: Tensor, chosen: Tensor) -> Tensor:
 def _pivots(units: Candidates, members: Sequence[int], budget: int) -> tuple[int, int]:
     """Two keys between which the cut very likely lies, the same on all ranks."""
     stride = max(1, sum(units.sizes[i] for i in members) // _SAMPLE)
-    parts = [units.sample(i, stride).cpu() for i in members]  # small; and MPS has no float64
+    parts = [
+        units.keys(i, slice(None, None, stride)).cpu() for i in members
+    ]  # small; and MPS has no float64
     keys, order = torch.cat(parts).sort()
     info = torch.iinfo(keys.dtype)
     whole = _cost(units, {i: units.sizes[i] for i in members})
@@ -226,19 +262,28 @@ def _narrow(search: _Search, units: Candidates, members: Sequence[int], budget: 
         shift = max(0, (search.hi - search.lo).bit_length() - _BINS.bit_length() + 1)
         first = search.lo >> shift
         hist = torch.zeros((search.hi >> shift) - first + 1, dtype=torch.int64)
-        for i in members:
-            if not units.counted(i):
-                continue
-            keys = units.keys(i) if search.inside is None else search.inside[i]
+        for cost, keys in _by_cost(search, units, members):
             for part in keys.split(1 << 20):
                 near = part[(part >= search.lo) & (part <= search.hi)]
                 counts = torch.bincount(((near >> shift) - first).long(), minlength=len(hist))
-                hist += counts.cpu() * units.costs[i]
+                hist += counts.cpu() * cost
         reached = units.shards.sum(hist).cumsum(0)
         chosen = int(torch.searchsorted(reached, budget - search.spent))
         search.spent += int(reached[chosen - 1]) if chosen else 0
         search.lo = max(search.lo, (first + chosen) << shift)
         search.hi = min(search.hi, ((first + chosen + 1) << shift) - 1)
+
+
+def _by_cost(
+    search: _Search, units: Candidates, members: Sequence[int]
+) -> Iterator[tuple[int, Tensor]]:
+    """The keys that this rank counts, with their cost; small ones of one cost together."""
+    mine = [i for i in members if units.counted(i)]
+    if search.inside is None:
+        yield from ((units.costs[i], units.all_keys(i)) for i in mine)
+        return
+    for cost in sorted({units.costs[i] for i in mine}):
+        yield cost, torch.cat([search.inside[i].cpu() for i in mine if units.costs[i] == cost])
 
 
 def _settle(
@@ -248,7 +293,7 @@ def _settle(
     cut = search.lo
     below, at, settled = {}, {}, {}
     for i in members:
-        keys = units.keys(i) if search.inside is None else search.inside[i]
+        keys = search.keys(units, i)
         below[i] = search.base.get(i, 0) + int(torch.count_nonzero(keys < cut))
         at[i] = int(torch.count_nonzero(keys == cut))
     left = budget - search.spent
@@ -256,7 +301,7 @@ def _settle(
     for i in members:
         # who is pruned already matters only where the ties are not all taken
         settled[i] = (
-            int(torch.count_nonzero(units.pruned(i) & (units.keys(i) == cut)))
+            int(torch.count_nonzero(units.pruned(i) & (units.all_keys(i) == cut)))
             if split and at[i]
             else 0
         )

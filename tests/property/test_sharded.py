@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -101,8 +100,8 @@ def chosen(
     def work(shards: ThreadShards) -> tuple[list[Tensor], dict[int, Quota]]:
         values, pruned = split.values[shards.rank], split.pruned[shards.rank]
         units = Candidates(
-            keys=lambda i: order_keys(values[i]),
-            sample=lambda i, n: order_keys(values[i])[::n],
+            keys=lambda i, where: order_keys(values[i])[where],
+            piecewise=True,
             pruned=lambda i: pruned[i],
             sizes=[len(v) for v in values],
             costs=costs,
@@ -110,9 +109,7 @@ def chosen(
             shards=shards,
         )
         quotas = smallest(units, range(len(values)), budget)
-        kept = [
-            take(units.keys(i), partial(units.pruned, i), quotas[i]) for i in range(len(values))
-        ]
+        kept = [take(units, i, quotas[i]) for i in range(len(values))]
         return kept, quotas
 
     return on_ranks(len(split.values), work)
@@ -177,4 +174,5 @@ def test_a_sample_of_parts_never_changes_the_answer(data):
     total = sum(len(v) for v in values)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(threshold, "_SAMPLE", 256)
+        patch.setattr(threshold, "_PIECE", 1000)
         agrees(values, pruned, [1, 1], cuts, 2, data.draw(st.integers(0, total)))

@@ -19,8 +19,8 @@ from tests.property.strategies import crowds, scores, seeds
 
 def candidates(values: list[Tensor], pruned: list[Tensor], costs: list[int]) -> Candidates:
     return Candidates(
-        keys=lambda i: order_keys(values[i]),
-        sample=lambda i, n: order_keys(values[i])[::n],
+        keys=lambda i, where: order_keys(values[i])[where],
+        piecewise=True,
         pruned=lambda i: pruned[i],
         sizes=[len(v) for v in values],
         costs=costs,
@@ -33,10 +33,7 @@ def chosen(
 ) -> tuple[list[np.ndarray], dict[int, Quota]]:
     units = candidates(values, pruned, costs)
     quotas = smallest(units, range(len(values)), budget)
-    kept = [
-        take(order_keys(v), lambda p=p: p, quotas[i])
-        for i, (v, p) in enumerate(zip(values, pruned, strict=True))
-    ]
+    kept = [take(units, i, quotas[i]) for i in range(len(values))]
     return [k.numpy() for k in kept], quotas
 
 
@@ -117,6 +114,7 @@ def big(data: st.DataObject) -> tuple[list[Tensor], list[Tensor], list[int], int
 def test_a_sample_never_changes_the_answer(data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(threshold, "_SAMPLE", SAMPLE)
+        patch.setattr(threshold, "_PIECE", data.draw(st.sampled_from([7, 1000, 1 << 18])))
         agrees(*big(data))
 
 

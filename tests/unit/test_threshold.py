@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -14,8 +13,8 @@ def candidates(*values: list[float], pruned: list[list[bool]] | None = None, cos
     tensors = [torch.tensor(v) for v in values]
     old = [torch.tensor(p) for p in pruned] if pruned else [t.isnan() for t in tensors]
     return Candidates(
-        keys=lambda i: order_keys(tensors[i]),
-        sample=lambda i, n: order_keys(tensors[i])[::n],
+        keys=lambda i, where: order_keys(tensors[i])[where],
+        piecewise=True,
         pruned=lambda i: old[i],
         sizes=[len(t) for t in tensors],
         costs=costs or [1] * len(tensors),
@@ -25,7 +24,7 @@ def candidates(*values: list[float], pruned: list[list[bool]] | None = None, cos
 
 def gone(units: Candidates, quotas: dict[int, Quota]) -> list[list[int]]:
     def one(i: int) -> Tensor:
-        return ~take(units.keys(i), partial(units.pruned, i), quotas[i])
+        return ~take(units, i, quotas[i])
 
     return [one(i).nonzero().flatten().tolist() for i in quotas]
 
