@@ -11,5 +11,6 @@ if __name__ != "lightning_prune.callbacks":
 from lightning_prune.callbacks.gradual_magnitude import (
     GradualMagnitudePruning as GradualMagnitudePruning,
 )
+from lightning_prune.callbacks.movement import MovementPruning as MovementPruning
 
-__all__ = ["GradualMagnitudePruning"]
+__all__ = ["GradualMagnitudePruning", "MovementPruning"]

@@ -8,11 +8,12 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
-from lightning_prune.apply import masked
+from lightning_prune.apply import mask_, masked
 from lightning_prune.targets import Target, canonical_name
 
-__all__ = ["averages_weights", "project_checkpoint", "swaps_weights"]
+__all__ = ["averages_weights", "project_averages", "project_checkpoint", "swaps_weights"]
 
 
 def swaps_weights(trainer: L.Trainer) -> bool:
@@ -27,20 +28,51 @@ def averages_weights(trainer: L.Trainer) -> bool:
 
 
 def project_checkpoint(
-    checkpoint: dict[str, Any], masks: Mapping[str, Tensor], targets: tuple[Target, ...]
+    checkpoint: dict[str, Any],
+    pl_module: L.LightningModule,
+    masks: Mapping[str, Tensor],
+    targets: tuple[Target, ...],
 ) -> None:
     """Replaces weights in a checkpoint by masked copies; the live weights are not touched.
 
     Args:
         checkpoint: Lightning's checkpoint; ``current_model_state`` is where `WeightAveraging`
             keeps the weights that are not averaged.
+        pl_module: Whose weights they are. Its state dict may name them otherwise than its
+            parameters, so they are found by identity.
         masks: Masks by parameter name.
         targets: The masked weights.
     """
-    by_name = {name: masks[t.name] for t in targets for name in (t.name, *t.aliases)}
+    by_parameter = {id(t.parameter): masks[t.name] for t in targets}
+    live = pl_module.state_dict(keep_vars=True)
+    by_name = {
+        canonical_name(name): by_parameter[id(parameter)]
+        for name, parameter in live.items()
+        if id(parameter) in by_parameter
+    }
     for key in ("state_dict", "current_model_state"):
         weights = checkpoint.get(key, {})
         for name, weight in weights.items():
             mask = by_name.get(canonical_name(name))
             if mask is not None:
                 weights[name] = masked(weight, mask)
+
+
+def project_averages(
+    trainer: L.Trainer, masks: Mapping[str, Tensor], targets: tuple[Target, ...]
+) -> None:
+    """Masks the averages themselves, in place, wherever an averaging callback keeps them.
+
+    Args:
+        trainer: Has the averaging callbacks.
+        masks: Masks by parameter name.
+        targets: The masked weights.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for average in vars(callback).values():
+            if not isinstance(average, AveragedModel):
+                continue
+            averaged = {canonical_name(n): p for n, p in average.module.named_parameters()}
+            for target in targets:
+                if target.name in averaged:
+                    mask_(averaged[target.name], masks[target.name])

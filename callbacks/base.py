@@ -65,7 +65,6 @@ class MaskCallback(L.Callback):
             allocation=allocation,
             min_density=settings.min_density,
         )
-
         self._targets: tuple[Target, ...] = ()
         self._masks: MaskSet | None = None
         self._shards = Shards()
@@ -116,6 +115,16 @@ class MaskCallback(L.Callback):
         return self._counter.step
 
     @property
+    def progress(self) -> float:
+        """Share of the way to the final sparsity that is due, in [0, 1]."""
+        return 0.0 if self._timeline is None else self._timeline.progress(self.step)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last update has been made, so that masks stay as they are."""
+        return self._timeline is not None and self._updated >= self._timeline.last
+
+    @property
     def state_key(self) -> str:
         """Tells two callbacks of one class in one Trainer apart."""
         return self._generate_state_key(
@@ -135,11 +144,9 @@ class MaskCallback(L.Callback):
         checks.check_callback_order(trainer, self)
         checks.check_optimizers(trainer, self.name)
         targets = self.selection(pl_module).targets
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if other is self:
-                break
-            if isinstance(other, MaskCallback):
-                checks.check_owner(targets, other._targets, self, other)
+        pruners = [c for c in trainer.callbacks if isinstance(c, MaskCallback)]  # type: ignore[attr-defined]
+        for other in pruners[: pruners.index(self)]:
+            checks.check_owner(targets, other._targets, self, other)
         shards = shards_of((t.name, t.parameter) for t in targets)
         if self._timeline is not None:
             checks.check_same_weights(self._ready(), targets, self.name)
@@ -149,19 +156,12 @@ class MaskCallback(L.Callback):
             self.policy.check_patterns(targets)
         else:
             self.policy.check(targets, self.sparsity, shards)
-        old = self._masks if self._timeline is not None else None
-        self._masks = MaskSet(
-            {
-                t.name: old[t.name].to(t.local.device)
-                if old is not None
-                else torch.ones_like(t.local, dtype=torch.bool)
-                for t in targets
-            }
-        )
+        old = self._masks if self._masks and self._timeline is not None else {}
+        fresh = {t.name: torch.ones_like(t.local, dtype=torch.bool) for t in targets}
+        self._masks = MaskSet({n: old[n].to(m.device) if old else m for n, m in fresh.items()})
         self._targets, self._shards = targets, shards
-        pruners = [c for c in trainer.callbacks if isinstance(c, MaskCallback)]  # type: ignore[attr-defined]
         self._suffix = f"/{pruners.index(self)}" if len(pruners) > 1 else ""
-        self._counter.attach(trainer.optimizers, targets, self._after_step)
+        self._counter.attach(trainer.optimizers, targets, self._after_step, self._after_skip)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restores a resumed state, and lays the schedule onto the run, whose length is known."""
@@ -239,6 +239,9 @@ class MaskCallback(L.Callback):
             if not masks.full(target.name):
                 mask_(target.parameter, masks[target.name])
 
+    def _after_skip(self) -> None:  # an optimizer was called, and changed nothing
+        pass
+
     def on_train_batch_end(
         self,
         trainer: L.Trainer,
@@ -300,20 +303,19 @@ class MaskCallback(L.Callback):
     ) -> None:
         """Projects averaged weights in the checkpoint, without touching the live ones."""
         if self._masks is not None and averages_weights(trainer):
-            project_checkpoint(checkpoint, self._masks, self._targets)
+            project_checkpoint(checkpoint, pl_module, self._masks, self._targets)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Projects the final weights; says so when training ended before the schedule did."""
-        updates = self._resolved().updates
-        missed = bool(updates) and self._updated < updates[-1]
-        if missed and self._length is not None and trainer.global_step >= self._length:
-            self._updated, missed = updates[-1], False  # for want of steps that a scaler skipped
+        last, ended = self._resolved().last, self._length
+        if not self.finished and ended is not None and trainer.global_step >= ended:
+            self._updated = last  # for want of steps that a scaler skipped
             self._update(self._resolved().final)
         self._project()
-        if missed:
+        if not self.finished:
             rank_zero_warn(
                 f"Training ended at step {self.step}, before the last update of {self.name} at "
-                f"step {updates[-1]}: sparsity is {self._actual:.4f} of {self.sparsity:.4f}.",
+                f"step {last}: sparsity is {self._actual:.4f} of {self.sparsity:.4f}.",
                 category=NoEffectWarning,
             )
 
@@ -349,7 +351,7 @@ class MaskCallback(L.Callback):
             return self._stash or {}
         return pack_state(
             owner=self.name,
-            asked=asked(self.settings, self.policy),
+            asked=self._asked(),
             offset=self._offset,
             counts=self._counter.counts,
             updated=self._updated,
@@ -373,7 +375,7 @@ class MaskCallback(L.Callback):
         restored = unpack_state(
             state,
             owner=self.name,
-            asked=asked(self.settings, self.policy),
+            asked=self._asked(),
             masks=self._ready(),
             targets=self._targets,
         )
@@ -383,6 +385,9 @@ class MaskCallback(L.Callback):
         self._timeline = restored.schedule
         if self.settings.budget == "macs":
             self.policy = self.policy.with_costs(restored.costs)
+
+    def _asked(self) -> dict[str, str]:
+        return asked(self.settings, self.policy)
 
     def _ready(self) -> MaskSet:
         if self._masks is None:

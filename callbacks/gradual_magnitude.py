@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Literal
 
 from lightning_prune.allocation import Allocation, as_allocation
-from lightning_prune.callbacks.base import MaskCallback
+from lightning_prune.callbacks.observing import ObservingCallback
 from lightning_prune.callbacks.settings import Budget, Settings
-from lightning_prune.criteria import Criterion, Magnitude, Random
+from lightning_prune.criteria import Criterion, Magnitude, Random, Taylor
 from lightning_prune.errors import refusal
 from lightning_prune.patterns import Pattern, as_pattern
 from lightning_prune.schedules import Schedule, as_schedule
@@ -17,7 +17,7 @@ from lightning_prune.targets import as_globs
 __all__ = ["GradualMagnitudePruning"]
 
 
-class GradualMagnitudePruning(MaskCallback):
+class GradualMagnitudePruning(ObservingCallback):
     """Sets the smallest weights to zero, a few more at every update, while the rest trains on.
 
     Weights are ranked by magnitude at each update; between updates pruned weights stay exactly
@@ -44,7 +44,8 @@ class GradualMagnitudePruning(MaskCallback):
             "bytes".
         initial_sparsity: Sparsity that the schedule starts from, in [0, sparsity], or "from_model"
             for the zeros that are there already; these stay zero from the first step on.
-        criterion: "magnitude", "random" (the baseline), or a `Criterion` object.
+        criterion: "magnitude", "taylor" (magnitude times gradient, a running mean), "random" (the
+            baseline), or a `Criterion` object.
         total_steps: The run's optimizer steps, where the Trainer cannot know them (manual
             optimization, data of unknown length) and start or end is a fraction.
 
@@ -97,6 +98,8 @@ class GradualMagnitudePruning(MaskCallback):
 def _as_criterion(value: str | Criterion) -> Criterion:
     if value == "magnitude":
         return Magnitude()
+    if value == "taylor":
+        return Taylor()
     if value == "random":
         return Random()
     if isinstance(value, Criterion) and not isinstance(value, type):
@@ -105,6 +108,6 @@ def _as_criterion(value: str | Criterion) -> Criterion:
         "Unknown criterion",
         where="GradualMagnitudePruning(criterion=...)",
         got=value,
-        allowed="'magnitude', 'random' or a Criterion object",
+        allowed="'magnitude', 'taylor', 'random' or a Criterion object",
         fix="leave it out for magnitude",
     )

@@ -31,6 +31,7 @@ class StepCounter:
         optimizers: Sequence[torch.optim.Optimizer],
         targets: Sequence[Target],
         after_step: Callable[[tuple[Target, ...]], None],
+        after_skip: Callable[[], None],
     ) -> None:
         """Hooks onto the optimizers; goes on from the step reached before.
 
@@ -38,6 +39,7 @@ class StepCounter:
             optimizers: The Trainer's optimizers.
             targets: The selected weights.
             after_step: Called with the weights that an optimizer owns after each of its steps.
+            after_skip: Called instead where a gradient scaler made the step do nothing.
         """
         self.detach()
         reached = self.step
@@ -51,6 +53,7 @@ class StepCounter:
                 # A fused optimizer under a gradient scaler skips inside its own step.
                 found_inf = getattr(optimizer, "found_inf", None)
                 if found_inf is not None and bool(found_inf.item()):
+                    after_skip()
                     return
                 self.counts[index] += 1
                 if _size(optimizer) != sizes[index]:  # a parameter group was added

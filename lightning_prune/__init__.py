@@ -7,6 +7,8 @@ from lightning_prune._version import __version__ as __version__
 from lightning_prune.errors import NoEffectWarning as NoEffectWarning
 from lightning_prune.errors import PruneError as PruneError
 from lightning_prune.export import from_pretrained as from_pretrained
+from lightning_prune.export import load_mask as load_mask
+from lightning_prune.export import save_mask as save_mask
 from lightning_prune.export import save_pretrained as save_pretrained
 from lightning_prune.reports import Plan as Plan
 from lightning_prune.reports import SparsityReport as SparsityReport
@@ -20,7 +22,9 @@ __all__ = [
     "SparsityReport",
     "__version__",
     "from_pretrained",
+    "load_mask",
     "plan",
     "report",
+    "save_mask",
     "save_pretrained",
 ]

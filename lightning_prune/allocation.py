@@ -24,6 +24,7 @@ from lightning_prune.apportionment import (
     share_out,
 )
 from lightning_prune.errors import refusal
+from lightning_prune.score_shares import ScoreShares as ScoreShares
 from lightning_prune.threshold import Quota, order_keys, smallest
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Allocation",
     "Global",
     "PerGlob",
+    "ScoreShares",
     "Uniform",
     "as_allocation",
     "lamp_scores",
@@ -331,11 +333,12 @@ def lamp_scores(scores: Tensor) -> Tensor:
     return torch.empty_like(values).scatter_(0, order, values).float().to(scores.device)
 
 
-_NAMED: dict[str, type[Global] | type[Uniform] | type[ERK] | type[LAMP]] = {
+_NAMED: dict[str, type[Global | Uniform | ERK | LAMP | ScoreShares]] = {
     "global": Global,
     "uniform": Uniform,
     "erk": ERK,
     "lamp": LAMP,
+    "score_shares": ScoreShares,
 }
 
 
@@ -343,7 +346,8 @@ def as_allocation(value: str | Mapping[str, float] | Allocation) -> Allocation:
     """Reads an allocation from its short form.
 
     Args:
-        value: "global", "uniform", "erk", "lamp", a dict of sparsities by glob, or an object.
+        value: "global", "uniform", "erk", "lamp", "score_shares", a dict of sparsities by glob, or
+            an object.
 
     Raises:
         PruneError: If it is none of these.
@@ -359,6 +363,7 @@ def as_allocation(value: str | Mapping[str, float] | Allocation) -> Allocation:
         "Unknown allocation",
         where="allocation",
         got=value,
-        allowed="'global', 'uniform', 'erk', 'lamp', a dict of sparsities by glob, or an object",
+        allowed="'global', 'uniform', 'erk', 'lamp', 'score_shares', a dict of sparsities by glob, "
+        "or an object",
         fix="write allocation='global'",
     )

@@ -43,6 +43,10 @@ class Pattern(Protocol):
         """Scores of the local units, shape (U,); infinite for a unit that must stay."""
         ...
 
+    def unit_sums(self, target: Target, values: Tensor) -> Tensor:
+        """What a value per weight adds up to in each local unit, shape (U,)."""
+        ...
+
     def unit_mask(self, target: Target, mask: Tensor) -> Tensor:
         """Which local units a mask keeps, bool of shape (U,)."""
         ...
@@ -56,24 +60,18 @@ class Pattern(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Unstructured:
-    """Every weight by itself."""
+class _Singles:
+    """Every weight is a unit."""
 
-    def check(self, target: Target) -> None:
-        """Fits every weight."""
+    __slots__ = ()
 
     def unit_size(self, target: Target) -> int:
         """One weight."""
         return 1
 
-    def cap(self, target: Target) -> int:
-        """All of them."""
-        return target.size
-
-    def unit_scores(self, target: Target, scores: Tensor) -> Tensor:
-        """The scores themselves, flat."""
-        return scores.reshape(-1)
+    def unit_sums(self, target: Target, values: Tensor) -> Tensor:
+        """The values themselves, flat."""
+        return values.reshape(-1)
 
     def unit_mask(self, target: Target, mask: Tensor) -> Tensor:
         """The mask itself, flat."""
@@ -83,13 +81,29 @@ class Unstructured:
         """The kept weights in the weight's shape."""
         return kept.view(target.local.shape)
 
+
+@dataclass(frozen=True, slots=True)
+class Unstructured(_Singles):
+    """Every weight by itself."""
+
+    def check(self, target: Target) -> None:
+        """Fits every weight."""
+
+    def cap(self, target: Target) -> int:
+        """All of them."""
+        return target.size
+
+    def unit_scores(self, target: Target, scores: Tensor) -> Tensor:
+        """The scores themselves, flat."""
+        return scores.reshape(-1)
+
     def final_sparsity(self) -> float | None:
         """Any."""
         return None
 
 
 @dataclass(frozen=True, slots=True)
-class NM:
+class NM(_Singles):
     """Keeps N of every M consecutive inputs.
 
     On the way there (a schedule between 0 and 1 - N/M) only the M - N lowest scores of a group
@@ -131,10 +145,6 @@ class NM:
         if target.sharded and target.layout not in ("linear", "conv", "table", "experts"):
             raise _needs_whole(target, f"{self.n}:{self.m}")
 
-    def unit_size(self, target: Target) -> int:
-        """One weight."""
-        return 1
-
     def cap(self, target: Target) -> int:
         """M - N of every M."""
         return target.size // self.m * (self.m - self.n)
@@ -148,14 +158,6 @@ class NM:
         groups = groups.scatter(-1, best, float("inf"))
         view.copy_(groups.view(view.shape))
         return scores.view(-1)
-
-    def unit_mask(self, target: Target, mask: Tensor) -> Tensor:
-        """The mask itself, flat."""
-        return mask.reshape(-1)
-
-    def expand(self, target: Target, kept: Tensor) -> Tensor:
-        """The kept weights in the weight's shape."""
-        return kept.view(target.local.shape)
 
     def final_sparsity(self) -> float | None:
         """1 - N/M."""
@@ -193,6 +195,12 @@ class _Groups:
         groups = self._grouped(target, scores)
         pooled = groups.mean((2, 4, 6)) if self.pooling == "mean" else groups.amax((2, 4, 6))
         return pooled.reshape(-1)
+
+    def unit_sums(self, target: Target, values: Tensor) -> Tensor:
+        """Sums over each group."""
+        if not values.numel():
+            return values.reshape(-1)
+        return self._grouped(target, values).sum((2, 4, 6)).reshape(-1)
 
     def unit_mask(self, target: Target, mask: Tensor) -> Tensor:
         """Groups with any kept weight."""

@@ -135,13 +135,17 @@ class Policy:
         alone = isinstance(pattern, Unstructured)
         settled = bool(masks) and not self.regrow
 
+        by_unit = [
+            getattr(criterion, "by_unit", False) and pattern.unit_size(t) != 1 for t in targets
+        ]
+
         def scores(i: int) -> Tensor:
             given = criterion.score(targets[i])
             given = given.double() if wide else given
-            if settled and not alone:
+            if settled and not alone and not by_unit[i]:
                 # within and between groups, too, what is pruned goes before what is merely zero
                 given = given - (~masks[targets[i].name]).to(given.dtype)
-            return pattern.unit_scores(targets[i], given)
+            return given if by_unit[i] else pattern.unit_scores(targets[i], given)
 
         piecewise = alone and getattr(criterion, "elementwise", False)
 

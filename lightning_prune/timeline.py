@@ -95,6 +95,16 @@ class Timeline:
         """Whether an update lies after step ``since`` and not after ``step``."""
         return bisect_right(self.updates, step) > bisect_right(self.updates, since)
 
+    def progress(self, step: int) -> float:
+        """The share of the way from the initial to the final sparsity, in [0, 1]."""
+        way = self.final - self.initial
+        return (self.value(step) - self.initial) / way if way else float(step >= self.last)
+
+    @property
+    def last(self) -> int:
+        """The step of the last update; -1 when there is none."""
+        return self.updates[-1] if self.updates else -1
+
     @property
     def final(self) -> float:
         """The sparsity after the last update."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from lightning_prune.patterns import Pattern
 from lightning_prune.targets import Target
 
-__all__ = ["Criterion"]
+__all__ = ["Criterion", "Observer"]
 
 
 @runtime_checkable
@@ -16,7 +18,8 @@ class Criterion(Protocol):
     """Gives every weight a score; the lowest are pruned first.
 
     A criterion may set ``elementwise = True`` to say that a weight's score depends on that weight
-    alone; the search for a threshold is then a little faster.
+    alone; the search for a threshold is then a little faster. With ``by_unit = True`` it gives one
+    score a unit, shape (U,), where the pattern's units hold more than a weight.
     """
 
     def score(self, target: Target) -> Tensor:
@@ -29,4 +32,53 @@ class Criterion(Protocol):
             float32 (float64 for float64 weights) of the weight's local shape; weights that are
             exactly zero score lowest.
         """
+        ...
+
+
+@runtime_checkable
+class Observer(Criterion, Protocol):
+    """A criterion that learns from the gradients of the steps that are really made.
+
+    An observation becomes part of the scores only with the optimizer's step: a step that a
+    gradient scaler skips leaves no trace.
+    """
+
+    def begin(self, targets: Sequence[Target], pattern: Pattern) -> None:
+        """Makes room for these weights; what is known of them from an earlier fit is kept."""
+        ...
+
+    def observe(self, target: Target, gradient: Tensor, scale: float) -> None:
+        """Takes in a gradient before the optimizer's step.
+
+        Args:
+            target: The weight.
+            gradient: The loss's gradient, of the weight's local shape; not clipped.
+            scale: What a gradient scaler has multiplied it with.
+        """
+        ...
+
+    def commit(self, targets: Sequence[Target]) -> None:
+        """The step was made: what was observed of these weights counts."""
+        ...
+
+    def discard(self) -> None:
+        """The step was skipped: what was observed does not count."""
+        ...
+
+    def end(self) -> None:
+        """No scores are wanted any more: frees what is held."""
+        ...
+
+    def state_dict(self, whole: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
+        """What is known, as tensors and primitives.
+
+        Args:
+            whole: Puts the shards of what lies like the named weight together; a collective.
+        """
+        ...
+
+    def load_state_dict(
+        self, state: Mapping[str, Any], local: Callable[[str, Tensor], Tensor]
+    ) -> None:
+        """Takes a state over; ``local`` cuts this rank's part out of a whole tensor."""
         ...

@@ -75,7 +75,9 @@ def network_in(model: nn.Module) -> PreTrainedModel:
         )
     ((name, network),) = found.values()
     inside = {id(parameter) for parameter in network.parameters()}
-    outside = [n for n, parameter in model.named_parameters() if id(parameter) not in inside]
+    # What a state dict leaves out, such as a map that only training needs, is nobody's to save.
+    saved = model.state_dict(keep_vars=True)
+    outside = [n for n, p in saved.items() if isinstance(p, nn.Parameter) and id(p) not in inside]
     if outside:
         raise refusal(
             "Parameters outside of the transformers model would be lost",

@@ -37,7 +37,8 @@ class Case:
 
     Attributes:
         kind: The class. It declares what its masks cover (``covers``) and, where a law does not
-            apply to it, why: ``laws = {4: "the reason"}``.
+            apply to it, why: ``laws = {4: "the reason"}``; of a single check
+            ``laws = {"4-accumulation": "the reason"}``.
         defaults: Arguments; those that the constructor does not take are left out.
         model: Makes the network that it is tried on; takes the arguments of `Toy`.
     """
@@ -67,11 +68,17 @@ class Case:
         plain = {k: v for k, v in self.defaults.items() if k in self.arguments}
         return self.kind(**(plain | wanted))
 
-    def excused(self, law: int, *needs: str) -> str | None:
-        """Why a law, or a check of it that needs some arguments, does not apply."""
-        declared = getattr(self.kind, "laws", {})
-        if law in declared:
-            return declared[law]
+    @property
+    def declared(self) -> Mapping[int | str, str]:
+        """Why laws, or single checks of them, do not apply."""
+        return getattr(self.kind, "laws", {})
+
+    def excused(self, what: int | Check) -> str | None:
+        """Why a law, or a check of it, does not apply."""
+        law, needs = (what, ()) if isinstance(what, int) else (what.law, what.needs)
+        for declared in (law, str(what)):
+            if declared in self.declared:
+                return self.declared[declared]
         missing = [name for name in needs if name not in self.arguments]
         return f"takes no {', '.join(missing)}" if missing else None
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from lightning_prune import allocation, criteria, patterns, schedules
 from lightning_prune.allocation import ERK, LAMP, Allocation, Global, PerGlob, Uniform
-from lightning_prune.criteria import Criterion
+from lightning_prune.criteria import Criterion, Movement
 from lightning_prune.patterns import NM, Block, Column, Pattern, Row
 from lightning_prune.schedules import Custom, Iterative, Polynomial, Schedule
 
@@ -24,7 +24,7 @@ def cases(module: ModuleType, protocol: type, rows: Mapping[type, Sequence[Any]]
     found = []
     for name in module.__all__:
         kind = getattr(module, name)
-        if not inspect.isclass(kind) or kind is protocol:
+        if not inspect.isclass(kind) or getattr(kind, "_is_protocol", False):
             continue
         if all(hasattr(kind, method) for method in methods):
             found += rows[kind] if kind in rows else [kind()]
@@ -53,7 +53,11 @@ ALLOCATIONS = cases(
         PerGlob: [],  # its sparsities must fit the budget: it has tests of its own
     },
 )
-CRITERIA = cases(criteria, Criterion, {})
+CRITERIA = cases(
+    criteria,
+    Criterion,
+    {Movement: [Movement(init=9.0)]},  # above zero, or LAMP would take scores for zeros
+)
 SCHEDULES = cases(
     schedules,
     Schedule,

@@ -1,0 +1,309 @@
+"""Movement pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lightning_prune.allocation import LAMP, Allocation, as_allocation
+from lightning_prune.apply import mask_
+from lightning_prune.callbacks.averages import project_averages
+from lightning_prune.callbacks.observing import ObservingCallback
+from lightning_prune.callbacks.settings import Settings
+from lightning_prune.callbacks.state import as_text
+from lightning_prune.criteria import Movement
+from lightning_prune.errors import refusal
+from lightning_prune.patterns import Pattern, as_pattern
+from lightning_prune.remembered import Remembered
+from lightning_prune.schedules import Schedule, as_schedule
+from lightning_prune.targets import Target, as_globs, select
+
+__all__ = ["MovementPruning"]
+
+_PENALTY = 400.0
+
+
+class MovementPruning(ObservingCallback):
+    """Keeps the weights that move away from zero: scores are learned, not read off magnitudes.
+
+    Every weight has a score that gradient descent moves, pruned or not, by the straight-through
+    estimator. At each update the lowest scores are pruned; pruned weights keep their values behind
+    the mask and may return until the last update. From then on masks are fixed, scores stop, and
+    the remaining weights train on.
+
+    Args:
+        sparsity: Fraction of the selected weights that is zero at the end, in [0, 1).
+        mode: "topk" (hard top-v), or "soft": scores are also pushed down by ``penalty``, and the
+            threshold on ``sigmoid(score)`` that meets the sparsity is found at each update.
+        schedule: As in `GradualMagnitudePruning`, as are the arguments not described here.
+        start: End of the dense warm-up, in which scores learn already.
+        end: Begin of the cool-down, in which masks are fixed.
+        every: Optimizer steps between updates; None = a hundredth of the way from start to end.
+        targets: Globs that narrow the default selection.
+        exclude: Globs of what to leave out.
+        pattern: With "block:RxC", "row" or "column" each group has one score.
+        allocation: "global" (one threshold), "uniform" (the same sparsity in every tensor: SMP-L),
+            "score_shares" (layers of one kind share density by score: SMP-S), ...
+        min_density: The least density of any one tensor, in [0, 1].
+        score_lr: The scores' learning rate, > 0.
+        score_optimizer: "adam" or "sgd"; without weight decay.
+        score_schedule: "constant", "linear" (down to 0 at the last update), or a function from
+            the share of the way to the last update, in [0, 1], to a factor.
+        score_init: Where scores start.
+        penalty: Weight of the l1 regulariser on ``sigmoid(score)`` in mode "soft", >= 0; None is
+            400. Its ramp from 0 follows the schedule's shape.
+        freeze_weights: Only scores and output heads learn, everything else keeps its values.
+        budget: "parameters", "macs" or "bytes".
+        total_steps: The run's optimizer steps, where the Trainer cannot know them.
+
+    Raises:
+        PruneError: On arguments out of range; at ``fit`` on what cannot be done.
+
+    Source: Sanh et al. 2020, arXiv:2005.07683; blocks: Lagunas et al. 2021, arXiv:2109.04838;
+    frozen weights: Jiang et al. 2023, arXiv:2210.06210.
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(callbacks=[MovementPruning(sparsity=0.9)])
+    """
+
+    laws: ClassVar[dict[int | str, str]] = {
+        "9-alone_or_together": "Scores follow gradients, which depend on what the other prunes",
+        "9-frozen_and_asked_for": "Frozen weights get no gradient to learn scores from: refused",
+        "9-low_rank_adapters": "A frozen base under LoRA gets no gradient either: refused",
+    }
+
+    def __init__(
+        self,
+        sparsity: float,
+        mode: Literal["topk", "soft"] = "topk",
+        schedule: str | Schedule | Callable[[float], float] = "cubic",
+        start: int | float = 0.25,
+        end: int | float = 0.75,
+        every: int | None = None,
+        targets: str | list[str] | None = None,
+        exclude: str | list[str] | None = None,
+        pattern: str | Pattern = "unstructured",
+        allocation: str | dict[str, float] | Allocation = "global",
+        min_density: float = 0.0,
+        score_lr: float = 1e-2,
+        score_optimizer: Literal["adam", "sgd"] = "adam",
+        score_schedule: str | Callable[[float], float] = "constant",
+        score_init: float = 0.0,
+        penalty: float | None = None,
+        freeze_weights: bool = False,
+        budget: Literal["parameters", "macs", "bytes"] = "parameters",
+        total_steps: int | None = None,
+    ) -> None:
+        name = type(self).__name__
+        settings = Settings(
+            callback=name,
+            sparsity=sparsity,
+            schedule=as_schedule(schedule),
+            start=start,
+            end=end,
+            every=every,
+            targets=as_globs(targets),
+            exclude=as_globs(exclude),
+            pattern=as_pattern(pattern),
+            min_density=min_density,
+            budget=budget,
+            initial_sparsity=0.0,
+            total_steps=total_steps,
+        )
+        if mode not in ("topk", "soft") or (mode == "topk" and penalty is not None):
+            raise refusal(
+                "Movement pruning has two modes",
+                where=f"{name}(mode=..., penalty=...)",
+                got=f"mode={mode!r}, penalty={penalty}",
+                allowed="mode='topk', which has no penalty, or mode='soft'",
+                fix="write mode='soft' to have a penalty on scores",
+            )
+        if isinstance(allocation := as_allocation(allocation), LAMP):
+            raise refusal(
+                "LAMP compares squares, and learned scores have a sign",
+                where=f"{name}(allocation=...)",
+                got="LAMP",
+                allowed="'global', 'uniform', 'erk', 'score_shares' or a sparsity per glob",
+                fix="write allocation='global'",
+            )
+        self.mode, self.freeze_weights = mode, freeze_weights
+        self._scores = Movement(
+            lr=score_lr,
+            optimizer=score_optimizer,
+            init=score_init,
+            penalty=0.0 if mode == "topk" else _PENALTY if penalty is None else penalty,
+        )
+        self._score_schedule = score_schedule
+        self._factor = _as_factor(score_schedule, name)
+        self._remembered = Remembered()
+        self._frozen: list[torch.nn.Parameter] = []
+        self._trainer: L.Trainer | None = None
+        super().__init__(settings, self._scores, allocation)
+        self.policy = replace(self.policy, regrow=True)
+
+    @property
+    def scores(self) -> dict[str, Tensor]:
+        """Scores by parameter name: of the weight's shape, or (U,) for a pattern of U groups."""
+        return self._scores.scores
+
+    # Set-up -------------------------------------------------------------------------------------
+
+    def selection(self, model: torch.nn.Module) -> Any:
+        """What this callback would prune in a model, and what not and why."""
+        return select(model, self.settings.targets, self.settings.exclude)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Freezes what is not to learn, before a strategy wraps the module."""
+        super().setup(trainer, pl_module, stage)
+        self._trainer = trainer
+        if not self.freeze_weights or stage != "fit" or self._frozen:
+            return
+        chosen = self.selection(pl_module)
+        learn = {e.name for e in chosen.excluded if e.reason == "output head"}
+        heads = {name.rpartition(".")[0] for name in learn}
+        targets = {id(t.parameter) for t in chosen.targets}
+        for path, parameter in pl_module.named_parameters():
+            if (
+                parameter.requires_grad
+                and id(parameter) not in targets
+                and path.rpartition(".")[0] not in heads
+            ):
+                parameter.requires_grad_(False)
+                self._frozen.append(parameter)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Selects the weights; refuses those that no gradient reaches."""
+        super().on_fit_start(trainer, pl_module)
+        still = [t.name for t in self._targets if not t.parameter.requires_grad]
+        if still:
+            raise refusal(
+                "Scores learn from the gradients of their weights, which frozen weights have not",
+                where=still[0] + (f" and {len(still) - 1} more" if len(still) > 1 else ""),
+                got="requires_grad=False",
+                allowed="weights that require gradients",
+                fix="leave requires_grad on and write freeze_weights=True: scores then learn, and "
+                "the weights keep their values",
+            )
+
+    def _begin(self) -> None:
+        super()._begin()
+        if not self.finished:
+            self._remembered.begin(self._targets)
+
+    # Training -----------------------------------------------------------------------------------
+
+    def _observe(self, target: Target, gradient: Tensor, scale: float) -> None:
+        masks = self._ready()
+        room = self._remembered.open(target)
+        self._scores.observe(target, gradient, scale, room)
+        if not masks.full(target.name):
+            mask_(gradient, masks[target.name])
+        if self.freeze_weights:
+            target.parameter.grad = None
+
+    def on_before_optimizer_step(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        """Sets the scores' gradients aside and makes the weights dense for the step."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        if self.freeze_weights and self.observer is None:
+            for target in self._counter.owned(optimizer):
+                target.parameter.grad = None
+
+    def _after_step(self, targets: tuple[Target, ...]) -> None:
+        if self.observer is not None:
+            timeline, step = self._resolved(), self.step - 1  # that the gradients are of
+            self._scores.rate(self._factor(step / timeline.last))
+            self._scores.commit(targets, timeline.progress(step))
+            self._close()
+        elif not self.freeze_weights:
+            super()._after_step(targets)
+
+    def _after_skip(self) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        for target in self._remembered.opened():
+            self._remembered.close(target, self._ready()[target.name])
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Masks again what a gradient scaler's skipped step has left dense."""
+        self._close()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def _update(self, sparsity: float) -> None:
+        for target in self._targets:
+            self._remembered.open(target)  # what is zero behind the mask, too, goes first
+        super()._update(sparsity)
+        self._close()
+        if self._trainer is not None:
+            project_averages(self._trainer, self._ready(), self._targets)
+
+    def _write(self, target: Target) -> None:
+        self._remembered.close(target, self._ready()[target.name])
+
+    def _finish(self) -> None:
+        super()._finish()
+        self._remembered.end()
+
+    def _release(self) -> None:
+        self._close()
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen.clear()
+        self._trainer = None
+        super()._release()
+
+    # State --------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The masks' state; scores and remembered values until the last update."""
+        state = super().state_dict()
+        if "criterion" in state:
+            state["remembered"] = self._remembered.state_dict(self._whole)
+        return state
+
+    def _asked(self) -> dict[str, str]:
+        """Also how scores learn."""
+        return super()._asked() | {
+            "mode": self.mode,
+            "freeze_weights": str(self.freeze_weights),
+            "score_schedule": as_text(self._score_schedule),
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        super()._restore(state)
+        if self.observer is not None:
+            self._remembered.load_state_dict(state.get("remembered", {}), self._local)
+
+
+def _as_factor(value: str | Callable[[float], float], callback: str) -> Callable[[float], float]:
+    if value == "constant":
+        return lambda progress: 1.0
+    if value == "linear":
+        return lambda progress: 1.0 - progress
+    if callable(value):
+        return value
+    raise refusal(
+        "Unknown schedule for the scores' learning rate",
+        where=f"{callback}(score_schedule=...)",
+        got=value,
+        allowed="'constant', 'linear', or a function from [0, 1] to a factor",
+        fix="leave it out for a constant rate",
+    )

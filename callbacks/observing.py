@@ -1,0 +1,126 @@
+"""Pruning by scores that learn from gradients while the network trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightning_prune.callbacks.base import MaskCallback
+from lightning_prune.criteria import Observer
+from lightning_prune.distributed import gather_whole, local_part
+from lightning_prune.targets import Target
+
+__all__ = ["ObservingCallback", "loss_scale"]
+
+
+def loss_scale(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> float:
+    """What gradients are multiplied with in ``on_before_optimizer_step``.
+
+    Lightning unscales them before that hook, except for fused optimizers, which do it themselves.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return 1.0
+    return float(scaler.get_scale())
+
+
+class ObservingCallback(MaskCallback):
+    """A mask callback that shows its criterion the gradients of every step, up to the last update.
+
+    Criteria that are no `Observer` are left alone.
+    """
+
+    @property
+    def observer(self) -> Observer | None:
+        """The criterion, from the start of training to the last update."""
+        learns = self._timeline is not None and not self.finished
+        criterion = self.policy.criterion
+        return criterion if learns and isinstance(criterion, Observer) else None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begins to observe, before a resumed state comes back."""
+        self._begin()
+        super().on_train_start(trainer, pl_module)
+
+    def _begin(self) -> None:
+        if isinstance(self.policy.criterion, Observer) and not self.finished:
+            self.policy.criterion.begin(self._targets, self.policy.pattern)
+
+    def on_before_optimizer_step(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        """Shows the gradients, whole and unclipped, to the criterion."""
+        if self.observer is not None:
+            scale = loss_scale(trainer, optimizer)
+            for target in self._counter.owned(optimizer):
+                gradient = target.parameter.grad
+                if gradient is not None:
+                    local: Tensor = gradient.detach()
+                    self._observe(
+                        target, local.to_local() if isinstance(local, DTensor) else local, scale
+                    )
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+
+    def _observe(self, target: Target, gradient: Tensor, scale: float) -> None:
+        if self.observer is not None:
+            self.observer.observe(target, gradient, scale)
+
+    def _after_step(self, targets: tuple[Target, ...]) -> None:
+        if self.observer is not None:
+            self.observer.commit(targets)
+        super()._after_step(targets)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Forgets what was seen of a step that a gradient scaler skipped."""
+        if self.observer is not None:
+            self.observer.discard()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def _update(self, sparsity: float) -> None:
+        super()._update(sparsity)
+        if self.finished:
+            self._finish()
+
+    def _finish(self) -> None:
+        if isinstance(self.policy.criterion, Observer):
+            self.policy.criterion.end()
+
+    # State --------------------------------------------------------------------------------------
+
+    def _whole(self, name: str, local: Tensor) -> Tensor:
+        return gather_whole(self._parameter(name), local)
+
+    def _local(self, name: str, whole: Tensor) -> Tensor:
+        return local_part(self._parameter(name), whole)
+
+    def _parameter(self, name: str) -> Tensor:
+        return next(t.parameter for t in self._targets if t.name == name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The masks' state, and the criterion's while it learns; under FSDP2 a collective."""
+        state = super().state_dict()
+        if self._timeline is not None and self.observer is not None:
+            state["criterion"] = self.observer.state_dict(self._whole)
+        return state
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self._begin()
+        super()._restore(state)
+        if self.observer is not None:
+            self.observer.load_state_dict(state.get("criterion", {}), self._local)
+        else:
+            self._finish()

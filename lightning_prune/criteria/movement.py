@@ -1,0 +1,203 @@
+"""Learned scores: a weight matters that moves away from zero."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_prune.errors import refusal
+from lightning_prune.patterns import Pattern, Unstructured
+from lightning_prune.targets import Target
+
+__all__ = ["Movement"]
+
+
+@dataclass(slots=True, kw_only=True)
+class Movement:
+    """Scores that learn by gradient descent how much each unit of the pattern matters.
+
+    The score's gradient is that of the straight-through estimator, ``dL/dS = dL/dW' * W`` with
+    ``W' = mask * W``: added up over the weights of a unit, for pruned units as for kept ones. The
+    scores have an optimizer of their own, without weight decay.
+
+    Args:
+        lr: The scores' learning rate, > 0.
+        optimizer: "adam" (eps 1e-8, fused) or "sgd" (no momentum).
+        init: Where scores start; finite.
+        penalty: Weight of the regulariser, >= 0: the mean over tensors of each one's mean of
+            ``sigmoid(score)``, which pushes scores down.
+
+    Source: Sanh et al. 2020, arXiv:2005.07683, eq. 3 and section 4; for blocks Lagunas et al.
+    2021, arXiv:2109.04838.
+    """
+
+    by_unit: ClassVar[bool] = True
+
+    lr: float = 1e-2
+    optimizer: str = "adam"
+    init: float = 0.0
+    penalty: float = 0.0
+    _pattern: Pattern = field(default_factory=Unstructured, repr=False, init=False)
+    _scores: dict[str, Tensor] = field(default_factory=dict, repr=False, init=False)
+    _optimizer: torch.optim.Optimizer | None = field(default=None, repr=False, init=False)
+
+    def __post_init__(self) -> None:
+        """Checks every value by itself."""
+        for name, value, allowed, fits in (
+            ("lr", self.lr, "a number > 0", lambda x: x > 0),
+            ("init", self.init, "a finite number", lambda x: True),
+            ("penalty", self.penalty, "a number >= 0", lambda x: x >= 0),
+        ):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or not fits(value):
+                raise refusal(
+                    "A score's settings are numbers in their ranges",
+                    where=f"Movement({name}=...)",
+                    got=value,
+                    allowed=allowed,
+                    fix="leave it out for the default",
+                )
+        if self.optimizer not in ("adam", "sgd"):
+            raise refusal(
+                "Unknown optimizer for scores",
+                where="Movement(optimizer=...)",
+                got=self.optimizer,
+                allowed="'adam' or 'sgd'",
+                fix="leave it out for 'adam'",
+            )
+
+    @property
+    def scores(self) -> dict[str, Tensor]:
+        """The scores by parameter name: of the weight's local shape, or (U,) for units."""
+        return {name: score.detach() for name, score in self._scores.items()}
+
+    def begin(self, targets: Sequence[Target], pattern: Pattern) -> None:
+        """Makes one score a unit, and their optimizer."""
+        self._pattern = pattern
+        for target in targets:
+            if target.name not in self._scores:
+                like = target.local
+                dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+                if pattern.unit_size(target) != 1:
+                    like = pattern.unit_sums(target, like)
+                start = torch.full_like(like, self.init, dtype=dtype)
+                self._scores[target.name] = start.requires_grad_()
+        if self._optimizer is None:
+            self._optimizer = self._made(list(self._scores.values()))
+
+    def _made(self, scores: list[Tensor]) -> torch.optim.Optimizer:
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(scores, lr=self.lr, weight_decay=0.0)
+        return torch.optim.Adam(scores, lr=self.lr, eps=1e-8, weight_decay=0.0, fused=True)
+
+    def rate(self, factor: float) -> None:
+        """Sets the learning rate to a multiple of ``lr``, in [0, inf)."""
+        if self._optimizer is not None:
+            for group in self._optimizer.param_groups:
+                group["lr"] = self.lr * factor
+
+    def observe(
+        self, target: Target, gradient: Tensor, scale: float, room: Tensor | None = None
+    ) -> None:
+        """Sets the score's gradient aside.
+
+        Args:
+            target: The weight, with the values of its pruned entries in place.
+            gradient: The loss's gradient in the masked weight, of the weight's local shape.
+            scale: What a gradient scaler has multiplied it with.
+            room: A tensor of the weight's local shape that may be overwritten until `commit` or
+                `discard`, to save memory.
+        """
+        score = self._scores[target.name]
+        fits = room is not None and room.shape == score.shape and room.dtype == score.dtype
+        if fits and gradient.dtype == room.dtype == target.local.dtype:
+            product = torch.mul(gradient, target.local, out=room)
+        else:
+            product = gradient.to(score.dtype) * target.local
+        if score.shape != product.shape:
+            product = self._pattern.unit_sums(target, product)
+        if scale != 1:
+            product.div_(scale)
+        score.grad = product
+
+    def commit(self, targets: Sequence[Target], ramp: float = 1.0) -> None:
+        """Makes a step with what was set aside for these weights.
+
+        Args:
+            targets: Those whose optimizer has made a step.
+            ramp: Share of the penalty that is in force, in [0, 1].
+        """
+        if self._optimizer is None:
+            return
+        pressure = self.penalty * ramp / max(1, len(self._scores))
+        mine = {id(self._scores[t.name]) for t in targets}
+        others = [(s, s.grad) for s in self._scores.values() if id(s) not in mine]
+        for score, _ in others:
+            score.grad = None
+        if pressure:
+            for target in targets:
+                score = self._scores[target.name]
+                if score.grad is not None:
+                    kept = score.detach().sigmoid()
+                    slope = kept.mul_(1 - kept)
+                    score.grad.add_(slope, alpha=pressure / max(1, score.numel()))
+        self._optimizer.step()
+        for score in self._scores.values():
+            score.grad = None
+        for score, gradient in others:
+            score.grad = gradient
+
+    def discard(self) -> None:
+        """Forgets the gradients that were set aside."""
+        for score in self._scores.values():
+            score.grad = None
+
+    def end(self) -> None:
+        """Frees the optimizer; scores stay readable."""
+        self.discard()
+        self._optimizer = None
+
+    def score(self, target: Target) -> Tensor:
+        """The scores: of the weight's local shape, or (U,) where a unit is more than a weight.
+
+        Where the weights, with their pruned values in place, are exactly zero, it is -infinity.
+        """
+        score, weight = self._scores[target.name].detach(), target.local
+        if score.shape != weight.shape:
+            weight = self._pattern.unit_sums(target, (weight != 0).to(score.dtype))
+        return score.masked_fill(weight == 0, -math.inf)
+
+    def state_dict(self, whole: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
+        """Scores and their optimizer's moments, by weight."""
+        moments = {} if self._optimizer is None else self._optimizer.state
+        state: dict[str, Any] = {}
+        for name, score in self._scores.items():
+            state[name] = {"score": whole(name, score.detach()).clone()}
+            for key, value in moments.get(score, {}).items():
+                same = value.shape == score.shape
+                state[name][key] = (whole(name, value) if same else value).clone()
+        return state
+
+    def load_state_dict(
+        self, state: Mapping[str, Any], local: Callable[[str, Tensor], Tensor]
+    ) -> None:
+        """Takes scores and moments over."""
+        for name, saved in state.items():
+            score = self._scores[name]
+            with torch.no_grad():
+                score.copy_(local(name, saved["score"]))
+            if self._optimizer is None or len(saved) == 1:
+                continue
+            whole = saved["score"].shape
+            self._optimizer.state[score] = {
+                key: (local(name, value) if value.shape == whole else value).to(
+                    score.device if value.dim() or self.optimizer == "adam" else "cpu", copy=True
+                )
+                for key, value in saved.items()
+                if key != "score"
+            }
