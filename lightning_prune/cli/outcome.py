@@ -240,9 +240,11 @@ def _to_dict(outcome: Outcome) -> dict[str, Any]:
 
 def _tokenizer(data: L.LightningDataModule | None, network: nn.Module) -> SavesPretrained | None:
     """The tokenizer that the texts went through; None when there were no texts."""
-    from lightning_prune.tasks import TextDataModule
+    from lightning_prune.tasks import LanguageDataModule, TextDataModule
     from lightning_prune.tasks.encoding import load_tokenizer
 
+    if isinstance(data, LanguageDataModule):
+        return data.get_tokenizer()
     if not isinstance(data, TextDataModule):
         return None
     given = data.tokenizer or getattr(getattr(network, "config", None), "name_or_path", None)

@@ -1,68 +1,24 @@
-"""Files inside installed packages, named without saying where the packages are."""
+"""Names of files inside installed packages, anywhere in a configuration."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from pathlib import Path
-
 from jsonargparse import Namespace
 
-from lightning_prune.errors import refusal
+from lightning_prune.tasks.packaged import PREFIX, locate
 
 __all__ = ["PREFIX", "locate", "locate_all"]
 
-PREFIX = "package:"
-
-
-def locate(name: str) -> str:
-    """Finds a file or folder of an installed package.
-
-    Args:
-        name: `package:NAME/PATH`, where NAME may have dots; anything else is returned as it is.
-
-    Returns:
-        The path on this machine.
-
-    Raises:
-        PruneError: There is no such package, or nothing at that path in it.
-
-    Example:
-        >>> Path(locate("package:lightning_prune/py.typed")).name
-        'py.typed'
-    """
-    if not name.startswith(PREFIX):
-        return name
-    package, _, inner = name.removeprefix(PREFIX).partition("/")
-    try:
-        spec = find_spec(package) if package else None
-    except ModuleNotFoundError:  # of a dotted name, the part before the last dot
-        spec = None
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    if not folders:
-        raise refusal(
-            "There is no such package",
-            where=name,
-            got=f"{package!r}, which is not installed" if spec is None else "a single module",
-            allowed=f"{PREFIX}NAME/PATH, where NAME is what an installed package is imported as",
-            fix=f"install it, or give a path or a hub name in place of {PREFIX}...",
-        )
-    for folder in folders:
-        path = Path(folder, inner)
-        if path.exists():
-            return str(path)
-    raise refusal(
-        "The package holds nothing under this name",
-        where=name,
-        got=inner,
-        allowed="one of " + ", ".join(sorted(p.name for p in Path(folders[0]).iterdir())),
-        fix=f"correct what stands after {PREFIX}{package}/",
-    )
+# These find the files by themselves, so that configurations and checkpoints keep the short names.
+_FIND_THEMSELVES = frozenset({"CausalLM", "MaskedLM", "LanguageDataModule"})
 
 
 def locate_all(config: Namespace) -> Namespace:
-    """A copy of a configuration in which every `package:NAME/PATH` is a path."""
+    """A copy of a configuration in which every `package:NAME/PATH` is a path.
+
+    The language-model tasks take such names as they are, so their arguments are left alone.
+    """
     found: Namespace = config.clone()
-    for key, value in list(found.items()):
+    for key, value in list(found.items(branches=True, nested=False)):
         found[key] = _located(value)
     return found
 
@@ -72,8 +28,15 @@ def _located(value: object) -> object:
         return locate(value)
     if isinstance(value, list | tuple):
         return type(value)(_located(part) for part in value)
+    if isinstance(value, Namespace | dict) and _finds_itself(value.get("class_path")):
+        return value
     if isinstance(value, dict):
         return {key: _located(part) for key, part in value.items()}
     if isinstance(value, Namespace):
         return locate_all(value)
     return value
+
+
+def _finds_itself(class_path: object) -> bool:
+    package, _, name = str(class_path).rpartition(".")
+    return package.startswith("lightning_prune.tasks") and name in _FIND_THEMSELVES

@@ -114,11 +114,15 @@ class Movement:
                 `discard`, to save memory.
         """
         score = self._scores[target.name]
-        fits = room is not None and room.shape == score.shape and room.dtype == score.dtype
-        if fits and gradient.dtype == room.dtype == target.local.dtype:
-            product = torch.mul(gradient, target.local, out=room)
+        weight = target.local
+        if (
+            room is not None
+            and room.shape == score.shape
+            and room.dtype == gradient.dtype == weight.dtype == score.dtype
+        ):
+            product = torch.mul(gradient, weight, out=room)
         else:
-            product = gradient.to(score.dtype) * target.local
+            product = gradient.to(score.dtype) * weight
         if score.shape != product.shape:
             product = self._pattern.unit_sums(target, product)
         if scale != 1:
