@@ -1,0 +1,204 @@
+"""SST-2 dev accuracy with few weights kept: magnitude, movement, and movement with distillation.
+
+    python benchmarks/bench_movement_quality.py --data PATH --work FOLDER
+
+MiniLM on 16,000 sentences for 2 epochs, the same batches, cubic schedule and steps for all arms
+(see bench_quality.py). The teacher is the dense fine-tuned network of the same seed; its logits are
+cached. FOLDER keeps teachers and caches. Each arm's row is written as it ends; a run that is
+started again goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import warnings
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import lightning as L
+import minilm
+import torch
+from bench_quality import EVERY, STEPS, Classifier, Pieces, accuracy, training_batches
+from torch import nn
+
+from lightning_prune.callbacks import GradualMagnitudePruning, MovementPruning
+from lightning_prune.distillation import DistillationModule
+from lightning_prune.targets import select
+
+RESULTS = Path(__file__).parent / "results"
+STORE = RESULTS / "movement_quality.jsonl"
+KEPT = (0.30, 0.15, 0.10, 0.05, 0.03)
+ARMS = {
+    "magnitude": "GradualMagnitudePruning",
+    "movement": "MovementPruning, topk",
+    "movement + KD": "the same, 0.5 labels + 0.5 KL at T=2",
+    "soft": "MovementPruning, soft",
+    "SMP-L": "weights frozen, uniform",
+    "SMP-S": "weights frozen, shares by score",
+}
+
+
+def pruner(arm: str, kept: float) -> L.Callback:
+    common: dict[str, Any] = {"every": EVERY, "targets": minilm.ENCODER}
+    if arm == "magnitude":
+        return GradualMagnitudePruning(1 - kept, **common)
+    if arm.startswith("SMP"):
+        shares = {"SMP-L": "uniform", "SMP-S": "score_shares"}[arm]
+        return MovementPruning(
+            1 - kept, freeze_weights=True, allocation=shares, score_lr=2e-2, **common
+        )
+    return MovementPruning(1 - kept, mode="soft" if arm == "soft" else "topk", **common)
+
+
+def fit(module: L.LightningModule, callbacks: list[L.Callback], options: Any, seed: int) -> None:
+    trainer = L.Trainer(
+        max_epochs=STEPS // EVERY,
+        callbacks=callbacks,
+        precision=options.precision,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, Pieces(training_batches(options.data, seed)))
+
+
+def teacher(options: argparse.Namespace, seed: int) -> nn.Module:
+    """The dense fine-tuned network of a seed, trained on first use."""
+    file = options.work / f"dense-{seed}.pt"
+    L.seed_everything(seed, verbose=False)
+    module = Classifier(options.rate)
+    if file.exists():
+        module.load_state_dict(torch.load(file, weights_only=True))
+    else:
+        fit(module, [], options, seed)
+        options.work.mkdir(parents=True, exist_ok=True)
+        torch.save(module.state_dict(), file)
+    return module.model
+
+
+def run(arm: str, kept: float, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    network = teacher(options, seed) if arm == "movement + KD" or arm == "dense" else None
+    L.seed_everything(seed, verbose=False)
+    module: Any = Classifier(options.rate)
+    began, last = time.perf_counter(), None
+    if arm == "dense":
+        module.model = network
+    elif arm == "movement + KD":
+        whole = DistillationModule(
+            module,
+            teacher=network,
+            task_weight=0.5,
+            weights={"kl": 0.5},
+            cache=str(options.work / f"cache-{seed}"),
+        )
+        fit(whole, [pruner(arm, kept)], options, seed)
+        last = whole.trainer.callback_metrics.get("distill/total")
+    else:
+        fit(module, [pruner(arm, kept)], options, seed)
+    module.float()
+    weights = [t.local for t in select(module, minilm.ENCODER, frozen=True).targets]
+    return {
+        "arm": arm,
+        "kept": kept,
+        "seed": seed,
+        "density": 1 - sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights),
+        "accuracy": accuracy(module, options.data),
+        "seconds": round(time.perf_counter() - began),
+        "last_loss": None if last is None else float(last),
+        "precision": options.precision,
+        "rate": options.rate,
+        "machine": minilm.machine(),
+    }
+
+
+def _key(row: dict[str, Any]) -> tuple[str, float, int]:
+    return row["arm"], row["kept"], row["seed"]
+
+
+def elsewhere() -> list[dict[str, Any]]:
+    """Rows of bench_quality.py that are arms of this benchmark, too."""
+    store = RESULTS / "quality.jsonl"
+    found = [json.loads(line) for line in store.read_text().splitlines()] if store.exists() else []
+    names = {"ours": "magnitude", "dense": "dense"}
+    rows = [
+        r | {"arm": names[r["arm"]], "kept": round(1 - r["asked"], 2)}
+        for r in found
+        if r["arm"] in names
+    ]
+    return [r for r in rows if r["kept"] in (*KEPT, 1.0)]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The results as Markdown."""
+
+    def cell(arm: str, kept: float) -> str:
+        found = sorted(
+            (r["seed"], r["accuracy"]) for r in rows if r["arm"] == arm and r["kept"] == kept
+        )
+        if not found:
+            return "-"
+        each = ", ".join(f"{a:.4f}" for _, a in found)
+        return f"{mean(a for _, a in found):.4f} ({each})"
+
+    shown = [arm for arm in ARMS if any(r["arm"] == arm for r in rows)]
+    lines = [
+        "# Movement beside magnitude: SST-2 dev accuracy of MiniLM with few weights kept",
+        "",
+        f"- Machine: {rows[0]['machine']}",
+        "- Command: `python benchmarks/bench_movement_quality.py --data PATH --work FOLDER "
+        f"--precision {rows[0]['precision']} --rate {rows[0]['rate']}`",
+        f"- {STEPS} steps of 32 sentences; cubic from 25% to 75% of the run, an update every "
+        f"{EVERY} steps; mean over seeds (each seed, 0 first). A dash is an arm that was not run.",
+        "- Magnitude at 10% and 5% is the same arm as in quality.md, and is taken from there.",
+        f"- Dense: {cell('dense', 1.0)}.",
+        *(f"- {arm}: {ARMS[arm]}." for arm in shown),
+        "",
+        "| kept | " + " | ".join(shown) + " |",
+        "|---" * (len(shown) + 1) + "|",
+    ]
+    lines += [
+        f"| {kept:.0%} | " + " | ".join(cell(arm, kept) for arm in shown) + " |"
+        for kept in sorted({r["kept"] for r in rows if r["arm"] != "dense"}, reverse=True)
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Runs what is missing and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--precision", default="bf16-mixed")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--only", nargs="+", default=[], help="arms such as 'movement:0.1'")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore")
+    rows = [json.loads(line) for line in STORE.read_text().splitlines()] if STORE.exists() else []
+    rows += [r for r in elsewhere() if not any(_key(r) == _key(mine) for mine in rows)]
+    arms = [("dense", 1.0)]
+    arms += [(arm, kept) for kept in KEPT for arm in ("magnitude", "movement", "movement + KD")]
+    arms += [(arm, kept) for kept in (0.8, 0.5, 0.2, 0.1) for arm in ("SMP-L", "SMP-S")]
+    for seed in options.seeds:
+        for arm, kept in arms:
+            wanted = not options.only or f"{arm}:{kept:g}" in options.only
+            done = any(_key(r) == (arm, kept, seed) for r in rows)
+            if not wanted or done:
+                continue
+            row = run(arm, kept, seed, options)
+            print(row, flush=True)
+            with STORE.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            rows.append(row)
+            (RESULTS / "movement_quality.md").write_text(table(rows))
+
+
+if __name__ == "__main__":
+    main()
