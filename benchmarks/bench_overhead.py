@@ -125,9 +125,7 @@ def alternate(pairs: int) -> dict[str, list[float]]:
         name: torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)
         for name, network in variants.items()
     }
-    callback._counter.attach(
-        [optimizers["ours"]], callback._targets, callback._after_step, callback._after_skip
-    )
+    callback._counter.attach([optimizers["ours"]], callback._targets, callback._after_step)
     times: dict[str, list[float]] = {name: [] for name in variants}
     names = list(variants)
     for turn, batch in enumerate(batches(pairs + 3)):

@@ -55,7 +55,7 @@ def project_checkpoint(
         for name, weight in weights.items():
             mask = by_name.get(canonical_name(name))
             if mask is not None:
-                weights[name] = masked(weight, mask)
+                weights[name] = masked(weight, mask.to(weight.device))
 
 
 def project_averages(

@@ -161,7 +161,7 @@ class MaskCallback(L.Callback):
         self._masks = MaskSet({n: old[n].to(m.device) if old else m for n, m in fresh.items()})
         self._targets, self._shards = targets, shards
         self._suffix = f"/{pruners.index(self)}" if len(pruners) > 1 else ""
-        self._counter.attach(trainer.optimizers, targets, self._after_step, self._after_skip)
+        self._counter.attach(trainer.optimizers, targets, self._after_step)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restores a resumed state, and lays the schedule onto the run, whose length is known."""
@@ -238,9 +238,6 @@ class MaskCallback(L.Callback):
         for target in targets:
             if not masks.full(target.name):
                 mask_(target.parameter, masks[target.name])
-
-    def _after_skip(self) -> None:  # an optimizer was called, and changed nothing
-        pass
 
     def on_train_batch_end(
         self,

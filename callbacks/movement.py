@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_prune.allocation import LAMP, Allocation, as_allocation
 from lightning_prune.apply import mask_
 from lightning_prune.callbacks.averages import project_averages
+from lightning_prune.callbacks.base import MaskCallback
 from lightning_prune.callbacks.observing import ObservingCallback
 from lightning_prune.callbacks.settings import Settings
 from lightning_prune.callbacks.state import as_text
@@ -21,7 +24,7 @@ from lightning_prune.errors import refusal
 from lightning_prune.patterns import Pattern, as_pattern
 from lightning_prune.remembered import Remembered
 from lightning_prune.schedules import Schedule, as_schedule
-from lightning_prune.targets import Target, as_globs, select
+from lightning_prune.targets import Target, as_globs, canonical_name, select
 
 __all__ = ["MovementPruning"]
 
@@ -73,6 +76,8 @@ class MovementPruning(ObservingCallback):
     """
 
     laws: ClassVar[dict[int | str, str]] = {
+        "2-one_shot_before_any_step": "Scores are all equal before the first step: refused",
+        "2-layer_adaptive_magnitude": "LAMP compares squares, and scores have a sign: refused",
         "9-alone_or_together": "Scores follow gradients, which depend on what the other prunes",
         "9-frozen_and_asked_for": "Frozen weights get no gradient to learn scores from: refused",
         "9-low_rank_adapters": "A frozen base under LoRA gets no gradient either: refused",
@@ -124,6 +129,14 @@ class MovementPruning(ObservingCallback):
                 allowed="mode='topk', which has no penalty, or mode='soft'",
                 fix="write mode='soft' to have a penalty on scores",
             )
+        if mode == "soft" and settings.schedule.moments == 1:
+            raise refusal(
+                "The penalty of mode 'soft' grows with the sparsity, which has a single step here",
+                where=f"{name}(mode=..., schedule=...)",
+                got=f"mode='soft' with {settings.schedule!r}",
+                allowed="a schedule with several updates",
+                fix="write schedule='cubic', or mode='topk'",
+            )
         if isinstance(allocation := as_allocation(allocation), LAMP):
             raise refusal(
                 "LAMP compares squares, and learned scores have a sign",
@@ -154,31 +167,39 @@ class MovementPruning(ObservingCallback):
 
     # Set-up -------------------------------------------------------------------------------------
 
-    def selection(self, model: torch.nn.Module) -> Any:
-        """What this callback would prune in a model, and what not and why."""
-        return select(model, self.settings.targets, self.settings.exclude)
-
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Freezes what is not to learn, before a strategy wraps the module."""
         super().setup(trainer, pl_module, stage)
         self._trainer = trainer
-        if not self.freeze_weights or stage != "fit" or self._frozen:
-            return
-        chosen = self.selection(pl_module)
-        learn = {e.name for e in chosen.excluded if e.reason == "output head"}
-        heads = {name.rpartition(".")[0] for name in learn}
-        targets = {id(t.parameter) for t in chosen.targets}
+        late = is_overridden("configure_model", pl_module) and not _has_weights(pl_module)
+        if self.freeze_weights and stage == "fit" and not late:
+            self._freeze(trainer, pl_module)
+
+    def _freeze(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Freezes all but output heads and what callbacks of the Trainer prune."""
+        pruners = [c for c in trainer.callbacks if isinstance(c, MaskCallback)]  # type: ignore[attr-defined]
+        spared = {id(t.parameter) for c in pruners for t in c.selection(pl_module).targets}
+        plain = select(pl_module, frozen=True).excluded
+        heads = {e.name.rpartition(".")[0] for e in plain if e.reason == "output head"}
         for path, parameter in pl_module.named_parameters():
-            if (
-                parameter.requires_grad
-                and id(parameter) not in targets
-                and path.rpartition(".")[0] not in heads
-            ):
+            in_head = canonical_name(path).rpartition(".")[0] in heads
+            if parameter.requires_grad and id(parameter) not in spared and not in_head:
                 parameter.requires_grad_(False)
                 self._frozen.append(parameter)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Selects the weights; refuses those that no gradient reaches."""
+        if self.freeze_weights:
+            before = len(self._frozen)
+            self._freeze(trainer, pl_module)  # what configure_model has made since
+            if len(self._frozen) > before and trainer.world_size > 1:
+                raise refusal(
+                    "Weights cannot be frozen when ranks share their gradients already",
+                    where=f"{self.name}(freeze_weights=True)",
+                    got=f"{len(self._frozen) - before} parameters made in configure_model",
+                    allowed="a network that is there in setup, where several processes train",
+                    fix="build the network in __init__ or configure_callbacks",
+                )
         super().on_fit_start(trainer, pl_module)
         still = [t.name for t in self._targets if not t.parameter.requires_grad]
         if still:
@@ -193,14 +214,14 @@ class MovementPruning(ObservingCallback):
 
     def _begin(self) -> None:
         super()._begin()
-        if not self.finished:
+        if self.sparsity > 0 and not self.finished:
             self._remembered.begin(self._targets)
 
     # Training -----------------------------------------------------------------------------------
 
-    def _observe(self, target: Target, gradient: Tensor, scale: float) -> None:
+    def _observe(self, observer: Any, target: Target, gradient: Tensor, scale: float) -> None:
         masks = self._ready()
-        room = self._remembered.open(target)
+        room = self._remembered.open(target, masks[target.name])
         self._scores.observe(target, gradient, scale, room)
         if not masks.full(target.name):
             mask_(gradient, masks[target.name])
@@ -220,16 +241,26 @@ class MovementPruning(ObservingCallback):
                 target.parameter.grad = None
 
     def _after_step(self, targets: tuple[Target, ...]) -> None:
-        if self.observer is not None:
-            timeline, step = self._resolved(), self.step - 1  # that the gradients are of
-            self._scores.rate(self._factor(step / timeline.last))
-            self._scores.commit(targets, timeline.progress(step))
-            self._close()
-        elif not self.freeze_weights:
-            super()._after_step(targets)
-
-    def _after_skip(self) -> None:
+        if self.observer is None:
+            return super()._after_step(targets)
+        self._check_shown(targets)
+        timeline, step = self._resolved(), max(0, self.step - 1)  # that the gradients are of
+        self._scores.rate(self._rate(min(1.0, step / timeline.last)))
+        self._scores.commit(targets, timeline.progress(step))
         self._close()
+        return None
+
+    def _rate(self, share: float) -> float:
+        factor = self._factor(share)
+        if not (math.isfinite(factor) and factor >= 0):
+            raise refusal(
+                "A learning rate is multiplied by a factor of at least 0",
+                where=f"{self.name}(score_schedule=...)",
+                got=f"{factor} at {share:.4f} of the way",
+                allowed="finite numbers >= 0",
+                fix="correct the function",
+            )
+        return factor
 
     def _close(self) -> None:
         for target in self._remembered.opened():
@@ -243,13 +274,15 @@ class MovementPruning(ObservingCallback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Masks again what a gradient scaler's skipped step has left dense."""
+        """Masks again what an optimizer that made no step after all has left dense."""
         self._close()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def _update(self, sparsity: float) -> None:
         for target in self._targets:
-            self._remembered.open(target)  # what is zero behind the mask, too, goes first
+            self._remembered.open(
+                target, self._ready()[target.name]
+            )  # what is zero behind the mask, too, goes first
         super()._update(sparsity)
         self._close()
         if self._trainer is not None:
@@ -263,6 +296,7 @@ class MovementPruning(ObservingCallback):
         self._remembered.end()
 
     def _release(self) -> None:
+        self._scores.discard()
         self._close()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
@@ -274,6 +308,7 @@ class MovementPruning(ObservingCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """The masks' state; scores and remembered values until the last update."""
+        self._close()  # an optimizer that made no step after all has left weights open
         state = super().state_dict()
         if "criterion" in state:
             state["remembered"] = self._remembered.state_dict(self._whole)
@@ -291,13 +326,28 @@ class MovementPruning(ObservingCallback):
         super()._restore(state)
         if self.observer is not None:
             self._remembered.load_state_dict(state.get("remembered", {}), self._local)
+        else:
+            self._scores.forget()  # a checkpoint after the last update holds none
+
+
+def _has_weights(module: torch.nn.Module) -> bool:
+    return any(parameter.dim() > 1 for parameter in module.parameters())
+
+
+def _constant(share: float) -> float:
+    return 1.0
+
+
+def _linear(share: float) -> float:
+    return 1.0 - share
+
+
+_FACTORS = {"constant": _constant, "linear": _linear}
 
 
 def _as_factor(value: str | Callable[[float], float], callback: str) -> Callable[[float], float]:
-    if value == "constant":
-        return lambda progress: 1.0
-    if value == "linear":
-        return lambda progress: 1.0 - progress
+    if isinstance(value, str) and value in _FACTORS:
+        return _FACTORS[value]
     if callable(value):
         return value
     raise refusal(

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_prune.allocation import Allocation
 from lightning_prune.callbacks.base import MaskCallback
-from lightning_prune.criteria import Observer
+from lightning_prune.callbacks.settings import Settings
+from lightning_prune.criteria import Criterion, Observer
 from lightning_prune.distributed import gather_whole, local_part
+from lightning_prune.errors import refusal
 from lightning_prune.targets import Target
 
 __all__ = ["ObservingCallback", "loss_scale"]
@@ -28,11 +31,23 @@ def loss_scale(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> float:
     return float(scaler.get_scale())
 
 
+def will_skip(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a gradient scaler is about to leave this step out, for want of finite gradients."""
+    if getattr(trainer.precision_plugin, "scaler", None) is None:
+        return False
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    return not all(bool(torch.isfinite(g).all()) for g in gradients if g is not None)
+
+
 class ObservingCallback(MaskCallback):
     """A mask callback that shows its criterion the gradients of every step, up to the last update.
 
     Criteria that are no `Observer` are left alone.
     """
+
+    def __init__(self, settings: Settings, criterion: Criterion, allocation: Allocation) -> None:
+        super().__init__(settings, criterion, allocation)
+        self._shown: set[str] = set()  # whose gradients were seen since the last step
 
     @property
     def observer(self) -> Observer | None:
@@ -45,9 +60,19 @@ class ObservingCallback(MaskCallback):
         """Begins to observe, before a resumed state comes back."""
         self._begin()
         super().on_train_start(trainer, pl_module)
+        first = self._resolved().value(0) > self._resolved().initial
+        if self.observer is not None and first and self._updated < 0:
+            raise refusal(
+                "The first cut would come before any gradient, when all scores are equal",
+                where=f"{self.name}(start=...)",
+                got=f"an update to sparsity {self._resolved().value(0):g} at step 0",
+                allowed="a first cut after some steps",
+                fix="write a later start, such as start=0.1",
+            )
 
     def _begin(self) -> None:
-        if isinstance(self.policy.criterion, Observer) and not self.finished:
+        learns = self.sparsity > 0 and not self.finished
+        if learns and isinstance(self.policy.criterion, Observer):
             self.policy.criterion.begin(self._targets, self.policy.pattern)
 
     def on_before_optimizer_step(
@@ -57,25 +82,41 @@ class ObservingCallback(MaskCallback):
         optimizer: torch.optim.Optimizer,
     ) -> None:
         """Shows the gradients, whole and unclipped, to the criterion."""
-        if self.observer is not None:
+        observer = self.observer
+        if observer is not None and not will_skip(trainer, optimizer):
             scale = loss_scale(trainer, optimizer)
             for target in self._counter.owned(optimizer):
                 gradient = target.parameter.grad
                 if gradient is not None:
                     local: Tensor = gradient.detach()
-                    self._observe(
-                        target, local.to_local() if isinstance(local, DTensor) else local, scale
-                    )
+                    local = local.to_local() if isinstance(local, DTensor) else local
+                    self._observe(observer, target, local, scale)
+                    self._shown.add(target.name)
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
-    def _observe(self, target: Target, gradient: Tensor, scale: float) -> None:
-        if self.observer is not None:
-            self.observer.observe(target, gradient, scale)
+    def _observe(self, observer: Observer, target: Target, gradient: Tensor, scale: float) -> None:
+        observer.observe(target, gradient, scale)
 
     def _after_step(self, targets: tuple[Target, ...]) -> None:
         if self.observer is not None:
+            self._check_shown(targets)
             self.observer.commit(targets)
         super()._after_step(targets)
+
+    def _check_shown(self, targets: tuple[Target, ...]) -> None:
+        """Refuses steps that go past Lightning: their gradients were never seen."""
+        for target in targets:
+            if target.parameter.grad is not None and target.name not in self._shown:
+                raise refusal(
+                    "An optimizer made a step that Lightning does not know of, so that scores "
+                    "cannot learn from it",
+                    where=f"{self.name}, {target.name}",
+                    got="optimizer.step() without on_before_optimizer_step",
+                    allowed="automatic optimization, or self.optimizers() as Lightning gives them",
+                    fix="leave use_pl_optimizer=False out, and call step() on what "
+                    "self.optimizers() returns",
+                )
+            self._shown.discard(target.name)
 
     def on_train_batch_end(
         self,
@@ -88,6 +129,7 @@ class ObservingCallback(MaskCallback):
         """Forgets what was seen of a step that a gradient scaler skipped."""
         if self.observer is not None:
             self.observer.discard()
+            self._shown.clear()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def _update(self, sparsity: float) -> None:
@@ -122,5 +164,5 @@ class ObservingCallback(MaskCallback):
         super()._restore(state)
         if self.observer is not None:
             self.observer.load_state_dict(state.get("criterion", {}), self._local)
-        else:
+        elif isinstance(self.policy.criterion, Observer):
             self._finish()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from types import FunctionType
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 from lightning_prune.callbacks.settings import Settings
@@ -151,7 +152,11 @@ def as_text(value: object) -> str:
         ('0.5', 'builtins.object')
     """
     kind = type(value)
-    if isinstance(value, FunctionType):
+    if isinstance(value, partial):
+        parts = [as_text(v) for v in (value.func, *value.args)]
+        parts += [f"{k}={as_text(v)}" for k, v in value.keywords.items()]
+        return f"partial({', '.join(parts)})"
+    if isinstance(value, FunctionType | MethodType):
         return f"{value.__module__}.{value.__qualname__}"
     if kind.__repr__ is object.__repr__:
         return f"{kind.__module__}.{kind.__qualname__}"

@@ -25,13 +25,14 @@ class StepCounter:
         self._optimizers: list[torch.optim.Optimizer] = []
         self._owned: list[tuple[Target, ...]] = []
         self._handles: list[RemovableHandle] = []
+        self._targets: tuple[Target, ...] = ()
+        self._sizes: list[int] = []
 
     def attach(
         self,
         optimizers: Sequence[torch.optim.Optimizer],
         targets: Sequence[Target],
         after_step: Callable[[tuple[Target, ...]], None],
-        after_skip: Callable[[], None],
     ) -> None:
         """Hooks onto the optimizers; goes on from the step reached before.
 
@@ -39,12 +40,12 @@ class StepCounter:
             optimizers: The Trainer's optimizers.
             targets: The selected weights.
             after_step: Called with the weights that an optimizer owns after each of its steps.
-            after_skip: Called instead where a gradient scaler made the step do nothing.
         """
         self.detach()
         reached = self.step
         self._optimizers = list(optimizers)
-        sizes = [_size(o) for o in self._optimizers]
+        self._targets = tuple(targets)
+        self._sizes = [_size(o) for o in self._optimizers]
         self._owned = [_held(o, targets) for o in self._optimizers]
         self.counts = [reached] * len(self._optimizers)
 
@@ -52,14 +53,10 @@ class StepCounter:
             def stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
                 # A fused optimizer under a gradient scaler skips inside its own step.
                 found_inf = getattr(optimizer, "found_inf", None)
-                if found_inf is not None and bool(found_inf.item()):
-                    after_skip()
+                if found_inf is not None and bool(found_inf):
                     return
                 self.counts[index] += 1
-                if _size(optimizer) != sizes[index]:  # a parameter group was added
-                    sizes[index] = _size(optimizer)
-                    self._owned[index] = _held(optimizer, targets)
-                after_step(self._owned[index])
+                after_step(self._owned_by(index))
 
             return stepped
 
@@ -88,10 +85,17 @@ class StepCounter:
 
     def owned(self, optimizer: torch.optim.Optimizer) -> tuple[Target, ...]:
         """The selected weights that an optimizer owns."""
-        for known, owned in zip(self._optimizers, self._owned, strict=True):
+        for index, known in enumerate(self._optimizers):
             if known is optimizer:
-                return owned
+                return self._owned_by(index)
         return ()
+
+    def _owned_by(self, index: int) -> tuple[Target, ...]:
+        optimizer = self._optimizers[index]
+        if _size(optimizer) != self._sizes[index]:  # a parameter group was added
+            self._sizes[index] = _size(optimizer)
+            self._owned[index] = _held(optimizer, self._targets)
+        return self._owned[index]
 
     def owner(self, target: Target) -> torch.optim.Optimizer | None:
         """The optimizer that owns a weight; None when it is not trained."""

@@ -55,7 +55,7 @@ def set_aside_(tensor: Tensor, mask: Tensor, kept: Tensor) -> None:
 
 
 def restore_(tensor: Tensor, kept: Tensor) -> None:
-    """Writes the values that `set_aside_` kept back, in place; ``kept`` is left as it is."""
+    """Writes the values that `set_aside_` kept back into their zeros; ``kept`` stays as it is."""
     _bits(tensor).bitwise_or_(_bits(kept))
 
 

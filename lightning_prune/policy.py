@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_prune.allocation import Allocation
 from lightning_prune.apportionment import Pool, grows
-from lightning_prune.criteria.base import Criterion
+from lightning_prune.criteria.base import Criterion, Observer
 from lightning_prune.distributed import Shards
 from lightning_prune.errors import refusal
 from lightning_prune.patterns import Pattern, Unstructured
@@ -203,6 +203,24 @@ class Policy:
                     allowed="finite weights at every mask update",
                     fix="lower the learning rate, clip gradients, or look for the step where the "
                     "loss left the finite range",
+                )
+        if isinstance(self.criterion, Observer):
+            self._check_scores(targets, shards)
+
+    def _check_scores(self, targets: Sequence[Target], shards: Shards) -> None:
+        def unusable(scores: Tensor) -> int:
+            return int(torch.count_nonzero(scores.isnan() | (scores == math.inf)))
+
+        wrong = [unusable(self.criterion.score(t)) for t in targets]
+        for target, count in zip(targets, shards.sum(torch.tensor(wrong)).tolist(), strict=True):
+            if count:
+                raise refusal(
+                    "A score is not finite, so its weight cannot be ranked",
+                    where=target.name,
+                    got=f"{count} scores that are NaN or infinite",
+                    allowed="finite gradients in every step that is made",
+                    fix="look for the step whose gradients left the finite range: clipping may "
+                    "hide it from the weights, and not from scores",
                 )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_prune.apply import restore_, set_aside_
+from lightning_prune.apply import mask_, restore_, set_aside_
 from lightning_prune.targets import Target
 
 __all__ = ["Remembered"]
@@ -28,18 +28,26 @@ class Remembered:
         return len(self._values)
 
     def begin(self, targets: Sequence[Target]) -> None:
-        """Makes room for these weights, all closed with nothing pruned."""
+        """Makes room for these weights; what is remembered of them from an earlier fit is kept."""
         for target in targets:
-            self._values.setdefault(target.name, torch.zeros_like(target.local))
+            room = torch.zeros_like(target.local)
+            if target.name in self._values:
+                room.copy_(self._values[target.name])
+            self._values[target.name] = room
 
-    def open(self, target: Target) -> Tensor:
-        """Puts pruned values back.
+    def open(self, target: Target, mask: Tensor) -> Tensor:
+        """Puts pruned values back, whatever stands in their place.
+
+        Args:
+            target: The weight.
+            mask: The one that it was closed with.
 
         Returns:
             Room of the weight's local shape and dtype, to be overwritten at will until `close`.
         """
         room = self._values[target.name]
         if target.name not in self._open:
+            mask_(target.parameter, mask)
             restore_(target.parameter, room)
             self._open[target.name] = target
         return room

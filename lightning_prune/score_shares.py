@@ -20,9 +20,9 @@ __all__ = ["ScoreShares"]
 class ScoreShares:
     """Density in proportion to the mean of ``sigmoid(score / temperature)``, within one kind.
 
-    Tensors whose names differ only in numbers are of one kind, such as the query weights of all
-    layers: a kind as a whole has the same density as every other. One factor is solved so that the
-    total is exact; tensors whose density would pass 1 stay dense.
+    Tensors whose names differ only in a layer's number are of one kind, such as the query weights
+    of all layers: a kind as a whole has the same density as every other. One factor is solved so
+    that the total is exact; tensors whose density would pass 1 stay dense.
 
     Args:
         temperature: Evens the shares out, > 0; 1 in the paper, 3 to 4 above 50% density.
@@ -34,7 +34,8 @@ class ScoreShares:
 
     def __post_init__(self) -> None:
         """Checks the temperature."""
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
+        number = isinstance(self.temperature, int | float) and self.temperature is not True
+        if not (number and math.isfinite(self.temperature) and self.temperature > 0):
             raise refusal(
                 "Scores are divided by a temperature",
                 where="ScoreShares(temperature=...)",
@@ -58,7 +59,7 @@ class ScoreShares:
     def split(self, pool: Pool, budget: int) -> list[Quota]:
         """Shares from the scores as they are now."""
         means = [_mean(pool.scores(i), self.temperature) for i in range(len(pool.units))]
-        kinds = [re.sub(r"\d+", "*", name) for name in pool.names]
+        kinds = [re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in pool.names]
         ratios = []
         for kind, mean in zip(kinds, means, strict=True):
             alike = [m for k, m in zip(kinds, means, strict=True) if k == kind]

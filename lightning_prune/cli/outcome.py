@@ -69,6 +69,11 @@ class RunFolder:
         return RunFolder(str(self.path / "dense"))
 
     @property
+    def teacher(self) -> RunFolder:
+        """The folder of the teacher's run."""
+        return RunFolder(str(self.path / "teacher"))
+
+    @property
     def metrics(self) -> Path:
         """What the run logged."""
         return self.path / "metrics.csv"

@@ -25,11 +25,14 @@ from lightning_prune.cli import display
 from lightning_prune.cli.outcome import Measured, Outcome, RunFolder, sparsity_of, write
 from lightning_prune.cli.packaged import locate_all
 from lightning_prune.cli.planning import find_plans, ranks_of
+from lightning_prune.cli.teaching import taught_by
 from lightning_prune.errors import PruneError, refusal
+from lightning_prune.export import save_pretrained
 
 __all__ = ["PruneCLI", "PruneTrainer"]
 
-_OPTIONS = ("output_dir", "compare_dense", "total_steps", "ckpt_path")  # or with dashes
+# Or with dashes.
+_OPTIONS = ("output_dir", "compare_dense", "train_teacher", "total_steps", "ckpt_path")
 
 
 class PruneTrainer(L.Trainer):
@@ -104,6 +107,13 @@ class PruneCLI(LightningCLI):
             help="Whether fit trains the same once more without the pruning callbacks, and shows "
             "both results side by side.",
         )
+        parser.add_argument(
+            "--train_teacher",
+            type=bool,
+            default=False,
+            help="Whether fit first trains the student of a DistillationModule by itself, without "
+            "pruning, and makes it the teacher; it is kept in the folder teacher/model.",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses `args`; those of the process are not looked at."""
@@ -127,6 +137,8 @@ class PruneCLI(LightningCLI):
         """Finds files of installed packages; refuses a checkpoint that is not there."""
         self.folder = RunFolder(self.options["output_dir"])
         self.config = locate_all(self.config)
+        if self.options["train_teacher"] and self.subcommand == "fit":
+            self.options["model"] = taught_by(self.options["model"], self.folder.teacher.model)
         checkpoint = self.options.get("ckpt_path")
         words = ("best", "last", "hpc")
         if checkpoint is None or checkpoint in words or ":" in checkpoint:
@@ -199,6 +211,8 @@ class PruneCLI(LightningCLI):
                 allowed="true beside at least one callback of lightning_prune.callbacks",
                 fix="add one to trainer.callbacks, or write compare_dense: false",
             )
+        if self.options["train_teacher"] and not self.options.get("ckpt_path"):
+            self._fit_teacher()
         if self.options.get("ckpt_path") and self.trainer.is_global_zero:
             self.folder.keep_history()
         if self._compare:
@@ -269,15 +283,43 @@ class PruneCLI(LightningCLI):
             self.trainer.loggers = loggers
         return Measured(seconds=seconds, metrics=metrics, sparsity=sparsity_of(self.model, pruning))
 
+    def _fit_teacher(self) -> None:
+        """Trains the student alone, saves it where the teacher is looked for, and starts anew."""
+        display.heading("the teacher: the student by itself, without pruning")
+        pruned = self.model, self.datamodule, self.trainer, self.config_init
+        saves = self.save_config_callback
+        self._fit_without_pruning(self.folder.teacher, alone=True)
+        if self.trainer.is_global_zero:
+            save_pretrained(self.model, self.folder.teacher.model)
+        self.trainer.strategy.barrier("teacher")
+        self.model, self.datamodule, self.trainer, self.config_init = pruned
+        self.save_config_callback = saves
+        self._seed()
+
     def _fit_dense(self, pruning: tuple[MaskCallback, ...]) -> Measured:
         """Trains from the same configuration and seed, without pruning."""
         display.heading("run 2 of 2: the same without pruning")
-        options, folder = self.options, self.folder.dense
-        if options["seed_everything"] is not False:
-            L.seed_everything(options["seed_everything"], workers=True, verbose=False)
+        began = time.perf_counter()
+        self._fit_without_pruning(self.folder.dense)
+        return self._measure(began, pruning)
+
+    def _seed(self) -> None:
+        if self.options["seed_everything"] is not False:
+            L.seed_everything(self.options["seed_everything"], workers=True, verbose=False)
+
+    def _fit_without_pruning(self, folder: RunFolder, *, alone: bool = False) -> None:
+        """Makes everything anew in place of the present model, data and Trainer, and trains it.
+
+        Args:
+            folder: For the logs.
+            alone: Whether a DistillationModule's student is trained by itself.
+        """
+        self._seed()
         self.config_init = self.parser.instantiate_classes(self.config)
         fresh: Namespace = self.config_init[self.config["subcommand"]]
         self.model, self.datamodule = fresh["model"], fresh["data"]
+        if alone:
+            self.model = self.model.student
         callbacks = [
             c
             for c in self._callbacks(fresh["trainer"])
@@ -290,9 +332,7 @@ class PruneCLI(LightningCLI):
             default_root_dir=str(folder.path),
             logger=CSVLogger(folder.path, name="", version=""),
         )
-        began = time.perf_counter()
         self.trainer.fit(self.model, datamodule=self.datamodule)
-        return self._measure(began, pruning)
 
     # validate and plan ----------------------------------------------------------------------------
 

@@ -66,7 +66,7 @@ class Observer(Criterion, Protocol):
         ...
 
     def end(self) -> None:
-        """No scores are wanted any more: frees what is held."""
+        """The last update was made: frees what only learning needs."""
         ...
 
     def state_dict(self, whole: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:

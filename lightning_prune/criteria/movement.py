@@ -16,6 +16,8 @@ from lightning_prune.targets import Target
 
 __all__ = ["Movement"]
 
+_ARGUMENTS = {"lr": "score_lr", "init": "score_init", "penalty": "penalty"}
+
 
 @dataclass(slots=True, kw_only=True)
 class Movement:
@@ -57,7 +59,7 @@ class Movement:
             if not number or not math.isfinite(value) or not fits(value):
                 raise refusal(
                     "A score's settings are numbers in their ranges",
-                    where=f"Movement({name}=...)",
+                    where=f"Movement({name}=...), {_ARGUMENTS[name]} of the callback",
                     got=value,
                     allowed=allowed,
                     fix="leave it out for the default",
@@ -65,7 +67,7 @@ class Movement:
         if self.optimizer not in ("adam", "sgd"):
             raise refusal(
                 "Unknown optimizer for scores",
-                where="Movement(optimizer=...)",
+                where="Movement(optimizer=...), score_optimizer of the callback",
                 got=self.optimizer,
                 allowed="'adam' or 'sgd'",
                 fix="leave it out for 'adam'",
@@ -80,12 +82,16 @@ class Movement:
         """Makes one score a unit, and their optimizer."""
         self._pattern = pattern
         for target in targets:
-            if target.name not in self._scores:
-                like = target.local
-                dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-                if pattern.unit_size(target) != 1:
-                    like = pattern.unit_sums(target, like)
+            like = target.local
+            dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+            if pattern.unit_size(target) != 1:
+                like = pattern.unit_sums(target, like)
+            old = self._scores.get(target.name)
+            if old is None or (old.dtype, old.device) != (dtype, like.device):
                 start = torch.full_like(like, self.init, dtype=dtype)
+                if old is not None:
+                    start.copy_(old.detach())
+                    self._optimizer = None  # its moments are of the old scores
                 self._scores[target.name] = start.requires_grad_()
         if self._optimizer is None:
             self._optimizer = self._made(list(self._scores.values()))
@@ -115,11 +121,7 @@ class Movement:
         """
         score = self._scores[target.name]
         weight = target.local
-        if (
-            room is not None
-            and room.shape == score.shape
-            and room.dtype == gradient.dtype == weight.dtype == score.dtype
-        ):
+        if room is not None and room.dtype == gradient.dtype == weight.dtype == score.dtype:
             product = torch.mul(gradient, weight, out=room)
         else:
             product = gradient.to(score.dtype) * weight
@@ -165,6 +167,11 @@ class Movement:
         """Frees the optimizer; scores stay readable."""
         self.discard()
         self._optimizer = None
+
+    def forget(self) -> None:
+        """Frees the scores, too."""
+        self.end()
+        self._scores.clear()
 
     def score(self, target: Target) -> Tensor:
         """The scores: of the weight's local shape, or (U,) where a unit is more than a weight.

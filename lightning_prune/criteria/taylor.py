@@ -23,7 +23,8 @@ class Taylor:
 
     This is how much the loss changes, to first order, if the weight is set to zero. Gradients are
     those of the optimizer's steps: unscaled, before clipping, averaged over ranks and summed over
-    accumulated batches. Weights that are exactly zero score -1.
+    accumulated batches. The mean starts at zero: a weight that gets a gradient more seldom than
+    others scores lower. Weights that are exactly zero score -1.
 
     Args:
         beta: Weight of the past in the exponential moving average, in [0, 1); 0 is the last step.
@@ -61,11 +62,13 @@ class Taylor:
             )
 
     def begin(self, targets: Sequence[Target], pattern: Pattern) -> None:
-        """Starts every mean at zero; all have seen the same number of steps."""
+        """Starts means at zero; those of an earlier fit go on."""
         for target in targets:
-            if target.name not in self._mean:
-                dtype = torch.float64 if target.local.dtype == torch.float64 else torch.float32
-                self._mean[target.name] = torch.zeros_like(target.local, dtype=dtype)
+            dtype = torch.float64 if target.local.dtype == torch.float64 else torch.float32
+            mean = torch.zeros_like(target.local, dtype=dtype)
+            if target.name in self._mean:
+                mean.copy_(self._mean[target.name])
+            self._mean[target.name] = mean
 
     def observe(self, target: Target, gradient: Tensor, scale: float) -> None:
         """Sets ``|weight * gradient|`` aside."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.apply import masked
-from lightning_prune.errors import refusal
+from lightning_prune.errors import PruneError, refusal
 from lightning_prune.masks import pack, unpack
 from lightning_prune.targets import Selection, canonical_name, select
 
@@ -27,7 +27,7 @@ def save_mask(
     targets: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
 ) -> Path:
-    """Saves which of the selected weights are zero, one bit each, and the output heads in full.
+    """Saves which of the selected weights are zero, one bit each; output heads and buffers in full.
 
     All else is taken to be the base model's own, and only fingerprinted: this is the result of
     `MovementPruning(freeze_weights=True)`, where only scores and heads learn.
@@ -55,6 +55,8 @@ def save_mask(
         entries[f"mask:{target.name}"] = pack(target.local.cpu() != 0)
     for name, tensor in heads.items():
         entries[f"head:{name}"] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    for name, buffer in _buffers(model).items():
+        entries[f"buffer:{name}"] = buffer.detach().cpu().clone()
     prints = {t.name: _print(masked(t.local, t.local != 0)) for t in chosen.targets}
     covered = {id(t.parameter) for t in chosen.targets} | {id(p) for p in heads.values()}
     for name, parameter in model.named_parameters():
@@ -72,7 +74,9 @@ def save_mask(
 
 
 def load_mask(model: nn.Module, path: str | Path) -> nn.Module:
-    """Makes a base model the task's model again, bit for bit, or leaves it as it was.
+    """Makes a base model the task's model again, or leaves it as it was.
+
+    All weights and buffers come back bit for bit; only a zero's sign is not kept.
 
     Args:
         model: The base model that the mask was learned over, with a head of the same shape; it is
@@ -102,18 +106,23 @@ def load_mask(model: nn.Module, path: str | Path) -> nn.Module:
         with safe_open(str(path), "pt") as file:
             said = file.metadata() or {}
             entries = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+        if said.get("format") != _FORMAT:
+            raise _unreadable(path, f"format {said.get('format')!r}")
+        prints: dict[str, str] = json.loads(said["sha256"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        if isinstance(error, PruneError):
+            raise
         raise _unreadable(path, f"{type(error).__name__}: {error}") from error
-    if said.get("format") != _FORMAT:
-        raise _unreadable(path, f"format {said.get('format')!r}")
-    prints: dict[str, str] = json.loads(said["sha256"])
-    named = {canonical_name(n): p for n, p in model.named_parameters(remove_duplicate=False)}
+    named: dict[str, Tensor] = {
+        canonical_name(n): p for n, p in model.named_parameters(remove_duplicate=False)
+    }
+    named |= _buffers(model)
     fresh: dict[str, Tensor] = {}
     for key, stored in entries.items():
         kind, _, name = key.partition(":")
         parameter = named.get(name)
         wanted = None if parameter is None else tuple(parameter.shape)
-        if kind == "head":
+        if kind in ("head", "buffer"):
             if wanted != tuple(stored.shape):
                 raise _not_the_base(path, name, f"shape {wanted}, not {tuple(stored.shape)}")
             fresh[name] = stored
@@ -140,6 +149,17 @@ def _heads(model: nn.Module, chosen: Selection) -> dict[str, Tensor]:
         canonical_name(name): parameter
         for name, parameter in model.named_parameters()
         if canonical_name(name).rpartition(".")[0] in owners and id(parameter) not in taken
+    }
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What the state dict holds besides parameters, by name: statistics of BatchNorm, say."""
+    parameters = {id(p) for p in model.parameters()}
+    state = model.state_dict(keep_vars=True)
+    return {
+        canonical_name(name): value
+        for name, value in state.items()
+        if isinstance(value, Tensor) and id(value) not in parameters
     }
 
 

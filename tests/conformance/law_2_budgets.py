@@ -133,7 +133,16 @@ def follows_the_schedule(case: Case, folder: Path) -> None:
 
 @check(2, "sparsity", "schedule", "start")
 def one_shot(case: Case, folder: Path) -> None:
-    for start in (0, 3, STEPS):
+    _one_shot(case, 3, STEPS)
+
+
+@check(2, "sparsity", "schedule", "start")
+def one_shot_before_any_step(case: Case, folder: Path) -> None:
+    _one_shot(case, 0)
+
+
+def _one_shot(case: Case, *starts: int) -> None:
+    for start in starts:
         callback = case.make(sparsity=0.8, schedule="oneshot", start=start)
         watch = Watch(callback)
         train(case.model(), callback, watch)
@@ -186,7 +195,7 @@ def whole_units(case: Case, folder: Path) -> None:
 
 @check(2, "sparsity", "allocation", "min_density")
 def allocations(case: Case, folder: Path) -> None:
-    for allocation in ("global", "uniform", "erk", "lamp", {"wide.weight": 0.25}):
+    for allocation in ("global", "uniform", "erk", "score_shares", {"wide.weight": 0.25}):
         watch = quick(case, case.model(), sparsity=0.6, allocation=allocation)
         assert_exact(watch, 0.6)
         for name, mask in watch.watched[0].masks.items():
@@ -199,6 +208,11 @@ def allocations(case: Case, folder: Path) -> None:
     assert_exact(watch, 0.6)
     for name, mask in watch.watched[0].masks.items():
         assert int(mask.sum()) >= math.ceil(0.35 * mask.numel()), name
+
+
+@check(2, "sparsity", "allocation")
+def layer_adaptive_magnitude(case: Case, folder: Path) -> None:
+    assert_exact(quick(case, case.model(), sparsity=0.6, allocation="lamp"), 0.6)
 
 
 @check(2, "sparsity", "budget")

@@ -168,10 +168,16 @@ def skipped_steps(case: Case, folder: Path) -> None:
         made.loss = _overflowing(made)
         return made
 
-    saved = resumes_everywhere(
-        folder, model, lambda: [case.make(**wanted)], plugins=lambda: [half()], max_epochs=2
-    )
-    assert saved == 10
+    for early in (False, True):
+        saved = resumes_everywhere(
+            folder / str(early),
+            model,
+            lambda: [case.make(**wanted)],
+            early=early,
+            plugins=lambda: [half()],
+            max_epochs=2,
+        )
+        assert saved == 10
 
 
 def _overflowing(model: Any) -> Callable[[Any], torch.Tensor]:

@@ -21,6 +21,8 @@ MUTATIONS: dict[type, tuple[str, ...]] = {
         "2-any_sparsity",
         "2-dtypes",
         "2-one_shot",
+        "2-one_shot_before_any_step",
+        "2-layer_adaptive_magnitude",
         "2-follows_the_schedule",
         "2-tiny_tensors",
         "3-limits",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from lightning_prune.criteria import Movement
 from tests.conformance.law_2_budgets import assert_exact
 from tests.conformance.law_3_zeros import ALWAYS
 from tests.conformance.law_4_resume import SaveAlways, resumes_everywhere
-from tests.conformance.toy import Toy, train
+from tests.conformance.toy import Toy, TwoOptimizers, train
 from tests.conformance.watch import Watch, copied, same_bits, weights
 from tests.refusals import refused
 
@@ -174,3 +175,178 @@ def test_transposed_and_convolution_weights_have_block_scores():
             expected = product.permute(0, 2, 1).reshape(2, 4, 3, 2, 2).sum((1, 4)).flatten()
         criterion.commit([t])
         torch.testing.assert_close(criterion.score(t), -expected)
+
+
+class Compiled(Toy):
+    """Part of the network compiled inside the module, which puts ``_orig_mod`` into names."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.head = torch.compile(self.head, backend="eager")  # type: ignore[assignment]
+
+
+class Late(Toy):
+    """A network that is built where FSDP would want it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = {name: self._modules.pop(name) for name in list(self._modules)}
+
+    def configure_model(self) -> None:
+        self._modules.update(self.made)
+
+
+# torch.compile looks at gradients of tensors that are no leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("kind", [Compiled, Late])
+@pytest.mark.parametrize("exclude", [None, ["*head*"]])
+def test_the_head_learns_wherever_and_however_it_is_made(kind, exclude):
+    model, plain = kind(), Toy()
+    train(model, pruner(freeze_weights=True, exclude=exclude))
+    assert not torch.equal(next(model.head.parameters()), next(plain.head.parameters()))
+    assert torch.equal(model.norm.weight, plain.norm.weight)
+    assert torch.equal(model.wide.bias, plain.wide.bias)
+
+
+def test_two_callbacks_leave_each_others_weights_to_each_other():
+    from lightning_prune.callbacks import GradualMagnitudePruning
+
+    one, other = pruner(targets="wide*", freeze_weights=True), pruner(targets="narrow*")
+    third = GradualMagnitudePruning(0.5, targets="conv*", start=2, end=8)
+    watch = Watch(one, other, third)
+    train(Toy(), one, other, third, watch)
+    watch.assert_zeros(*ALWAYS)
+
+
+class ByHand(Toy):
+    """Manual optimization that goes past Lightning's own optimizers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("criterion", ["movement", "taylor"])
+def test_steps_that_lightning_does_not_know_of_are_refused(criterion):
+    from lightning_prune.callbacks import GradualMagnitudePruning
+
+    callback = (
+        pruner(total_steps=10)
+        if criterion == "movement"
+        else GradualMagnitudePruning(0.5, criterion="taylor", start=2, end=8, total_steps=10)
+    )
+    with refused(where="weight", got="on_before_optimizer_step", fix="use_pl_optimizer"):
+        train(ByHand(), callback)
+
+
+class Grows(Toy):
+    """A layer is given to the optimizer in the middle of the run."""
+
+    def configure_optimizers(self) -> Any:
+        rest = [p for n, p in self.named_parameters() if not n.startswith("wide")]
+        return torch.optim.SGD(rest, lr=0.1, momentum=0.9)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.trainer.global_step == 5:
+            self.optimizers().optimizer.add_param_group({"params": list(self.wide.parameters())})
+
+
+def test_a_parameter_group_that_comes_later():
+    callback = pruner()
+    watch = Watch(callback)
+    train(Grows(), callback, watch)
+    watch.assert_zeros(*ALWAYS)
+    assert callback.scores["wide.weight"].abs().max() > 0
+
+
+def test_whatever_stands_in_a_pruned_place_is_not_mixed_with_what_is_remembered():
+    class Disturb(Watch):
+        def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
+            if trainer.global_step == 5:
+                with torch.no_grad():
+                    for name, mask in callback.masks.items():
+                        weights(module)[name][~mask] = 0.9
+
+    torch.manual_seed(0)
+    calm, wild = Toy(optimizer="still"), Toy(optimizer="still")
+    callback = pruner()
+    train(calm, callback)
+    expected = callback.masks
+    callback = pruner()
+    train(wild, callback, Disturb())
+    assert all(p.isfinite().all() for p in wild.parameters())
+    for name, mask in callback.masks.items():
+        assert mask.shape == expected[name].shape
+        kept = weights(wild)[name][mask]
+        assert torch.equal(kept, weights(Toy())[name][mask])
+
+
+class Spoilt(Toy):
+    """One gradient is infinite in the third step, and clipping by value hides it from weights."""
+
+    def on_after_backward(self) -> None:
+        if self.trainer.global_step == 3:
+            self.wide.weight.grad[0, 0] = math.inf
+
+
+@pytest.mark.parametrize("criterion", ["movement", "taylor"])
+def test_scores_that_are_not_finite_are_refused(criterion):
+    from lightning_prune.callbacks import GradualMagnitudePruning
+
+    callback = (
+        pruner()
+        if criterion == "movement"
+        else GradualMagnitudePruning(0.5, criterion="taylor", start=2, end=8, every=2)
+    )
+    with refused(where="wide.weight", got="1 scores", allowed="finite gradients", fix="clipping"):
+        train(Spoilt(), callback, gradient_clip_val=0.1, gradient_clip_algorithm="value")
+
+
+def test_a_first_cut_before_any_gradient_is_refused():
+    from lightning_prune.callbacks import GradualMagnitudePruning
+
+    for callback in (
+        pruner(start=0, schedule="oneshot"),
+        GradualMagnitudePruning(0.5, criterion="taylor", start=0, schedule="constant"),
+    ):
+        with refused(where="start", got="at step 0", allowed="after some steps", fix="start=0.1"):
+            train(Toy(), callback)
+
+
+def test_soft_mode_needs_a_way_to_go():
+    with refused(where="mode", got="OneShot", allowed="several updates", fix="cubic"):
+        pruner(mode="soft", schedule="oneshot")
+
+
+def test_a_score_schedule_is_asked_for_shares_and_gives_factors():
+    seen = []
+
+    def schedule(share: float) -> float:
+        seen.append(share)
+        return math.sqrt(share)
+
+    train(TwoOptimizers(), pruner(score_schedule=schedule, total_steps=10))
+    assert seen == sorted(seen)
+    assert seen[0] == 0
+    assert max(seen) < 1
+    with refused(where="score_schedule", got="nan", allowed=">= 0", fix="function"):
+        train(Toy(), pruner(score_schedule=lambda share: math.nan))
+
+
+def test_a_callback_can_be_sent_to_another_process():
+    callback = pickle.loads(pickle.dumps(pruner(score_schedule="linear")))
+    train(Toy(), callback)
+    assert callback.finished
+
+
+def test_no_sparsity_asks_for_no_memory():
+    callback = pruner(sparsity=0)
+    train(Toy(), callback)
+    assert not callback.scores
+    assert len(callback._remembered) == 0

@@ -43,6 +43,17 @@ def test_a_task_is_one_bit_a_weight_and_comes_back_bit_for_bit(tmp_path):
     assert [f.name for f in file.parent.iterdir()] == ["task.safetensors"]
 
 
+def test_statistics_of_a_batch_norm_come_along(tmp_path):
+    trained = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
+    base = copy.deepcopy(trained)
+    trained(torch.randn(32, 8) + 3)  # in training mode: the running mean moves
+    file = save_mask(trained, tmp_path / "task.safetensors")
+    load_mask(base, file)
+    x = torch.randn(4, 8)
+    assert torch.equal(base.eval()(x), trained.eval()(x))
+    assert torch.equal(base[1].num_batches_tracked, torch.tensor(1))
+
+
 def changed(name: str) -> Net:
     net = Net()
     with torch.no_grad():
@@ -81,6 +92,8 @@ def test_files_that_hold_no_mask_are_refused(tmp_path):
     text, other = tmp_path / "text.safetensors", tmp_path / "other.safetensors"
     text.write_text("no tensors")
     save_file({"x": torch.zeros(1)}, other)
-    for path in (text, other, tmp_path / "missing.safetensors"):
+    bare = tmp_path / "bare.safetensors"
+    save_file({"x": torch.zeros(1)}, bare, metadata={"format": "lightning-prune mask 1"})
+    for path in (text, other, bare, tmp_path / "missing.safetensors"):
         with refused(where=str(path), allowed="save_mask", fix="path"):
             load_mask(Net(), path)

@@ -1,0 +1,84 @@
+"""The recipe of movement pruning with distillation, made tiny: teacher, student, cache, resume."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lightning_prune.cli import main
+from tests.source_tree import ROOT
+
+RECIPE = str(ROOT / "examples" / "movement_distillation.yaml")
+CALLBACK = "--trainer.callbacks.init_args"
+TINY = [
+    "--config",
+    RECIPE,
+    "--trainer.max_steps=6",
+    "--trainer.limit_val_batches=1",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.enable_progress_bar=false",
+    "--data.init_args.limit_train_examples=12",
+    "--data.init_args.batch_size=4",
+    "--data.init_args.max_length=8",
+    f"{CALLBACK}.start=1",
+    f"{CALLBACK}.end=4",
+    f"{CALLBACK}.every=1",
+]
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+@pytest.mark.real_model
+def test_the_recipe_trains_its_teacher_first_and_goes_on_from_a_checkpoint(tmp_path, capsys):
+    from transformers import AutoModelForSequenceClassification
+
+    assert main(["fit", *TINY]) == 0
+    shown = capsys.readouterr().out
+    assert shown.index("the teacher: the student by itself") < shown.index("90.00%")
+    folder = tmp_path / "runs" / "movement_distillation"
+    for name in ("teacher/model", "model", "cache", "report.json", "training.png"):
+        assert (folder / name).exists(), name
+    teacher = AutoModelForSequenceClassification.from_pretrained(folder / "teacher" / "model")
+    student = AutoModelForSequenceClassification.from_pretrained(folder / "model")
+    layer = "bert.encoder.layer.0.intermediate.dense"
+    assert (teacher.get_submodule(layer).weight != 0).all()
+    assert 0.1 < float((student.get_submodule(layer).weight == 0).float().mean()) < 1
+    found = json.loads((folder / "report.json").read_text())
+    assert found["sparsity"] == pytest.approx(0.9, abs=1e-6)
+    with (folder / "metrics.csv").open() as file:
+        assert "distill/kl" in file.readline()
+
+    state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert set(state["state_dict"]) == {f"model.{name}" for name in student.state_dict()}, (
+        "a checkpoint holds the student, under its own names, and nothing of the teacher"
+    )
+    before = (folder / "teacher" / "model" / "model.safetensors").stat().st_mtime_ns
+    more = ["--trainer.max_steps=7", "--ckpt_path", str(folder / "checkpoints" / "last.ckpt")]
+    assert main(["fit", *TINY, *more]) == 0
+    assert (folder / "teacher" / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (
+            ["--config", str(ROOT / "examples" / "digits.yaml"), "--train_teacher=true"],
+            ["no student", "train_teacher", "ImageClassification", "train_teacher: false"],
+        ),
+        (
+            ["--config", RECIPE, "--model.init_args.teacher=somewhere"],
+            ["teacher is there already", "teacher: somewhere", "leave one of the two out"],
+        ),
+    ],
+)
+def test_a_teacher_is_trained_for_a_student_without_one(arguments, parts, capsys):
+    assert main(["fit", *arguments]) == 2
+    shown = capsys.readouterr().err
+    for part in parts:
+        assert part in shown
