@@ -182,7 +182,7 @@ class Policy:
             scores=scores,
             candidates=Candidates(
                 keys=keys,
-                piecewise=piecewise,
+                piecewise=piecewise and all(t.local.device.type == "cpu" for t in targets),
                 pruned=pruned,
                 sizes=[t.local.numel() // n for t, n in zip(targets, sizes, strict=True)],
                 costs=[n * self.costs.get(t.name, 1) for t, n in zip(targets, sizes, strict=True)],

@@ -8,10 +8,8 @@ answer is the same, only slower. Histograms add over shards, so that ranks agree
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +21,7 @@ __all__ = ["Candidates", "Quota", "order_keys", "smallest", "take"]
 
 _SAMPLE = 1 << 16
 _BINS = 1 << 14
-_PIECE = 1 << 18
+_PIECE = 1 << 17
 
 
 def order_keys(scores: Tensor) -> Tensor:
@@ -141,7 +139,9 @@ def take(units: Candidates, i: int, quota: Quota) -> Tensor:
     """
     if quota.count == 0 or units.sizes[i] == 0:
         return torch.ones_like(units.all_keys(i), dtype=torch.bool)
-    kept = torch.cat([_compare(operator.ge, keys, quota.key) for _, keys in units.pieces(i)])
+    kept = torch.empty(units.sizes[i], dtype=torch.bool, device=units.keys(i, slice(0, 1)).device)
+    for where, keys in units.pieces(i):
+        _compare(np.greater_equal, keys, quota.key, kept[where])
     if quota.settled or quota.fresh:
         at = (units.all_keys(i) == quota.key).nonzero().squeeze(1)
         old = units.pruned(i)[at]
@@ -181,12 +181,18 @@ def _bracketed(units: Candidates, members: Sequence[int], budget: int) -> _Searc
     if lo > hi:
         return None
     base, upto, inside = {}, {}, {}
+    room: dict[int, Tensor] = {}
     for i in members:
         base[i], parts = 0, [units.all_keys(i)[:0]] if not units.sizes[i] else []
         for _, keys in units.pieces(i):
-            over = _compare(operator.ge, keys, lo)
-            base[i] += len(keys) - _count(over)
-            parts.append(_select(keys, over.logical_and_(_compare(operator.le, keys, hi))))
+            size = len(keys)
+            if size not in room:  # the same two again and again: fresh memory costs more
+                room[size] = torch.empty(2, size, dtype=torch.bool, device=keys.device)
+            over, under = room[size]
+            _compare(np.greater_equal, keys, lo, over)
+            base[i] += size - _count(over)
+            _compare(np.less_equal, keys, hi, under)
+            parts.append(_select(keys, over.logical_and_(under)))
         inside[i] = torch.cat(parts)
         upto[i] = base[i] + len(inside[i])
     spent, reached = _cost(units, base), _cost(units, upto)
@@ -201,11 +207,11 @@ def _bracketed(units: Candidates, members: Sequence[int], budget: int) -> _Searc
     return None
 
 
-def _compare(how: Callable[[Any, int], Any], keys: Tensor, bound: int) -> Tensor:
+def _compare(how: np.ufunc, keys: Tensor, bound: int, out: Tensor) -> None:
     if keys.device.type == "cpu":  # NumPy compares twice as fast
-        return torch.from_numpy(how(keys.numpy(), bound))
-    compared: Tensor = how(keys, bound)
-    return compared
+        how(keys.numpy(), bound, out=out.numpy())
+    else:
+        getattr(torch, how.__name__)(keys, bound, out=out)
 
 
 def _count(chosen: Tensor) -> int:

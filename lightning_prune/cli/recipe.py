@@ -25,7 +25,7 @@ from lightning_prune.cli import display
 from lightning_prune.cli.outcome import Measured, Outcome, RunFolder, sparsity_of, write
 from lightning_prune.cli.packaged import locate_all
 from lightning_prune.cli.planning import find_plans, ranks_of
-from lightning_prune.cli.teaching import taught_by
+from lightning_prune.cli.teaching import forget_answers, taught_by
 from lightning_prune.errors import PruneError, refusal
 from lightning_prune.export import save_pretrained
 
@@ -291,6 +291,7 @@ class PruneCLI(LightningCLI):
         self._fit_without_pruning(self.folder.teacher, alone=True)
         if self.trainer.is_global_zero:
             save_pretrained(self.model, self.folder.teacher.model)
+            forget_answers(self.options["model"], self.folder.path)
         self.trainer.strategy.barrier("teacher")
         self.model, self.datamodule, self.trainer, self.config_init = pruned
         self.save_config_callback = saves

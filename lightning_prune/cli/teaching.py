@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from jsonargparse import Namespace
 
 from lightning_prune.errors import refusal
 
-__all__ = ["taught_by"]
+__all__ = ["forget_answers", "taught_by"]
 
 _MODULE = "lightning_prune.distillation.DistillationModule"
 
@@ -45,3 +46,18 @@ def taught_by(model: Namespace, teacher: Path) -> Namespace:
     taught = model.clone()
     taught["init_args"]["teacher"] = str(teacher)
     return taught
+
+
+def forget_answers(model: Namespace, folder: Path) -> None:
+    """Removes the cache of an earlier teacher, if it lies in the folder of the run.
+
+    Args:
+        model: The configured DistillationModule.
+        folder: The run's folder, what an earlier run left in which is replaced.
+    """
+    cache = model["init_args"].get("cache")
+    if cache is None:
+        return
+    path = cache if isinstance(cache, str) else cache.get("init_args", cache)["path"]
+    if folder.resolve() in Path(path).resolve().parents:
+        shutil.rmtree(path, ignore_errors=True)

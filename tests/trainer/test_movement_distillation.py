@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
+from jsonargparse import Namespace
 
 from lightning_prune.cli import main
+from lightning_prune.cli.teaching import forget_answers
 from tests.source_tree import ROOT
 
 RECIPE = str(ROOT / "examples" / "movement_distillation.yaml")
@@ -62,6 +65,26 @@ def test_the_recipe_trains_its_teacher_first_and_goes_on_from_a_checkpoint(tmp_p
     more = ["--trainer.max_steps=7", "--ckpt_path", str(folder / "checkpoints" / "last.ckpt")]
     assert main(["fit", *TINY, *more]) == 0
     assert (folder / "teacher" / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_new_teacher_does_not_meet_the_answers_of_the_old_one(tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    for cache in ("answers", Namespace(path="answers"), Namespace(init_args=Namespace(path="x"))):
+        for place in (run, other):
+            given = Namespace(cache=None)
+            if isinstance(cache, str):
+                folder = place / cache
+                given = Namespace(cache=str(folder))
+            else:
+                folder = place / "deep" / "answers"
+                inner = cache.get("init_args", cache)
+                inner["path"] = str(folder)
+                given = Namespace(cache=cache)
+            folder.mkdir(parents=True)
+            forget_answers(Namespace(init_args=given), run)
+            assert folder.exists() == (place is other)
+            shutil.rmtree(folder, ignore_errors=True)
+    forget_answers(Namespace(init_args=Namespace(cache=None)), run)
 
 
 @pytest.mark.parametrize(
