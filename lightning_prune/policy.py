@@ -14,6 +14,7 @@ from lightning_prune.apportionment import Pool, grows
 from lightning_prune.criteria.base import Criterion, Observer
 from lightning_prune.distributed import Shards
 from lightning_prune.errors import refusal
+from lightning_prune.masks import MaskSet
 from lightning_prune.patterns import Pattern, Unstructured
 from lightning_prune.targets import Target
 from lightning_prune.threshold import Candidates, order_keys, take
@@ -165,8 +166,13 @@ class Policy:
         done = torch.zeros(len(targets), dtype=torch.int64)
         if settled:
             for i, target in enumerate(targets):
-                if target.sharded or shards.rank == 0:
-                    kept = pattern.unit_mask(target, masks[target.name])
+                if not (target.sharded or shards.rank == 0):
+                    continue
+                mask = masks[target.name]
+                if sizes[i] == 1 and isinstance(masks, MaskSet):  # which has counted already
+                    done[i] = mask.numel() - masks.kept(target.name)
+                else:
+                    kept = pattern.unit_mask(target, mask)
                     done[i] = len(kept) - int(torch.count_nonzero(kept))
             shards.sum(done)
         return Pool(

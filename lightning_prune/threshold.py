@@ -229,27 +229,28 @@ def _select(keys: Tensor, chosen: Tensor) -> Tensor:
 def _pivots(units: Candidates, members: Sequence[int], budget: int) -> tuple[int, int]:
     """Two keys between which the cut very likely lies, the same on all ranks."""
     stride = max(1, sum(units.sizes[i] for i in members) // _SAMPLE)
-    parts = [
-        units.keys(i, slice(None, None, stride)).cpu() for i in members
-    ]  # small; and MPS has no float64
-    keys, order = torch.cat(parts).sort()
+    # small enough for the CPU; and MPS has no float64
+    parts = [units.keys(i, slice(None, None, stride)).cpu() for i in members]
+    alike = len({units.costs[i] for i in members}) == 1
+    order = torch.cat(parts).argsort() if not alike else None
+    keys = torch.from_numpy(np.sort(torch.cat(parts).numpy()))
     info = torch.iinfo(keys.dtype)
     whole = _cost(units, {i: units.sizes[i] for i in members})
     if stride == 1:
         low, high = int(info.min), int(info.max)
     else:
-        weights = torch.cat(
-            [
-                torch.full((len(p),), float(units.costs[i]), dtype=torch.float64)
-                for i, p in zip(members, parts, strict=True)
-            ]
-        )[order]
-        share = weights.cumsum(0) / weights.sum()
         middle = budget / whole
         # four standard deviations of a sampled quantile
         reach = 4 * (middle * (1 - middle) / len(keys)) ** 0.5 + 4 / len(keys)
         ends = torch.tensor([middle - reach, middle + reach], dtype=torch.float64)
-        first, last = torch.searchsorted(share, ends).clamp(max=len(keys) - 1).tolist()
+        if order is None:
+            places = (ends * len(keys)).ceil().long() - 1
+        else:
+            costs = torch.tensor([units.costs[i] for i in members], dtype=torch.float64)
+            lengths = torch.tensor([len(p) for p in parts])
+            weights = costs.repeat_interleave(lengths)[order]
+            places = torch.searchsorted(weights.cumsum(0) / weights.sum(), ends)
+        first, last = places.clamp(0, len(keys) - 1).tolist()
         low = int(info.min) if first == 0 else int(keys[first])
         high = int(info.max) if middle + reach >= 1 else int(keys[last])
         # a value that very many units share is counted rather than taken out

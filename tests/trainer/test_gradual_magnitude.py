@@ -82,7 +82,9 @@ def test_random_pruning_is_the_same_in_every_run_and_another_for_another_seed():
 
 def test_an_unknown_criterion_is_refused():
     with refused(
-        where="GradualMagnitudePruning(criterion=...)", got="size", allowed="'magnitude', 'random'"
+        where="GradualMagnitudePruning(criterion=...)",
+        got="size",
+        allowed="'magnitude', 'taylor', 'random'",
     ):
         GradualMagnitudePruning(0.5, criterion="size")
 
