@@ -30,7 +30,7 @@ from lightning_prune.targets import select
 
 RESULTS = Path(__file__).parent / "results"
 RUN = 1000  # steps, of which the default window is 500 and the default interval 5
-BEGIN = 375  # where the alternating steps begin: in the middle of the window
+BEGIN = 500  # where the alternating steps begin: in the middle of the window
 
 
 class Ours:

@@ -210,8 +210,8 @@ def table(rows: list[dict[str, object]]) -> str:
         "steps), 872 dev sentences (one sentence is 0.0011); mean over seeds (each seed).",
         f"- Sparsity over the encoder's 10,616,832 Linear weights; both callbacks at the same "
         f"absolute cubic targets every {EVERY} steps from 25% to 75% of the run; one-shot at 25%.",
-        "- Accuracies of seeds are in the order 0, 1. Training times are not comparable: other "
-        "work ran on the machine. Arms that have not been run yet show a dash.",
+        "- Accuracies of seeds are in the order 0, 1 and, where there is a third, 2. Training "
+        "times are not comparable: other work ran on the machine. Arms that have not been run yet show a dash.",
         "",
         "| sparsity | GradualMagnitudePruning | ModelPruning | one-shot at 25% |",
         "|---|---|---|---|",

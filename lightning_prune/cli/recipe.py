@@ -25,7 +25,7 @@ from lightning_prune.cli import display
 from lightning_prune.cli.outcome import Measured, Outcome, RunFolder, sparsity_of, write
 from lightning_prune.cli.packaged import locate_all
 from lightning_prune.cli.planning import find_plans, ranks_of
-from lightning_prune.cli.teaching import forget_answers, taught_by
+from lightning_prune.cli.teaching import check_cache, forget_answers, taught_by
 from lightning_prune.errors import PruneError, refusal
 from lightning_prune.export import save_pretrained
 
@@ -137,7 +137,9 @@ class PruneCLI(LightningCLI):
         """Finds files of installed packages; refuses a checkpoint that is not there."""
         self.folder = RunFolder(self.options["output_dir"])
         self.config = locate_all(self.config)
-        if self.options["train_teacher"] and self.subcommand == "fit":
+        trains = self.subcommand == "fit" and not self.options["trainer"]["fast_dev_run"]
+        known = self.subcommand != "plan" and self.folder.teacher.model.exists()
+        if self.options["train_teacher"] and (trains or known):
             self.options["model"] = taught_by(self.options["model"], self.folder.teacher.model)
         checkpoint = self.options.get("ckpt_path")
         words = ("best", "last", "hpc")
@@ -194,7 +196,7 @@ class PruneCLI(LightningCLI):
         if saves and not any(isinstance(c, Checkpoint) for c in callbacks):
             place = self.folder.checkpoints
             callbacks.append(ModelCheckpoint(place, filename="last", enable_version_counter=False))
-        if self.subcommand == "fit":
+        if self.subcommand == "fit" and not given["fast_dev_run"]:
             callbacks.append(_Clear(self.folder, resuming=bool(self.options.get("ckpt_path"))))
         return callbacks
 
@@ -211,7 +213,9 @@ class PruneCLI(LightningCLI):
                 allowed="true beside at least one callback of lightning_prune.callbacks",
                 fix="add one to trainer.callbacks, or write compare_dense: false",
             )
-        if self.options["train_teacher"] and not self.options.get("ckpt_path"):
+        fast, resumes = self.trainer.fast_dev_run, self.options.get("ckpt_path")  # type: ignore[attr-defined]
+        if self.options["train_teacher"] and not (fast or resumes):
+            check_cache(self.options["model"], self.folder.path)
             self._fit_teacher()
         if self.options.get("ckpt_path") and self.trainer.is_global_zero:
             self.folder.keep_history()

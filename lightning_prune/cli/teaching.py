@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from jsonargparse import Namespace
 
 from lightning_prune.errors import refusal
 
-__all__ = ["forget_answers", "taught_by"]
+__all__ = ["check_cache", "forget_answers", "taught_by"]
 
 _MODULE = "lightning_prune.distillation.DistillationModule"
 
@@ -48,16 +47,47 @@ def taught_by(model: Namespace, teacher: Path) -> Namespace:
     return taught
 
 
+def _cache(model: Namespace) -> Path | None:
+    given = model["init_args"].get("cache")
+    if given is None:
+        return None
+    return Path(given if isinstance(given, str) else given.get("init_args", given)["path"])
+
+
+def check_cache(model: Namespace, folder: Path) -> None:
+    """Refuses a cache of another run, which holds the answers of another teacher.
+
+    Args:
+        model: The configured DistillationModule.
+        folder: The run's folder.
+
+    Raises:
+        PruneError: If the cache is filled, and lies elsewhere.
+    """
+    cache = _cache(model)
+    if cache is None or folder.resolve() in cache.resolve().parents:
+        return
+    if any(cache.glob("shard-*.arrow")):
+        raise refusal(
+            "The cache holds the answers of another teacher than the one to be trained",
+            where="model.init_args.cache",
+            got=str(cache),
+            allowed=f"a folder in {folder}, which is emptied first, or a new one",
+            fix=f"write cache: {folder / 'cache'}",
+        )
+
+
 def forget_answers(model: Namespace, folder: Path) -> None:
-    """Removes the cache of an earlier teacher, if it lies in the folder of the run.
+    """Removes the answers of an earlier teacher, if they lie in the folder of the run.
 
     Args:
         model: The configured DistillationModule.
         folder: The run's folder, what an earlier run left in which is replaced.
     """
-    cache = model["init_args"].get("cache")
-    if cache is None:
+    cache = _cache(model)
+    if cache is None or folder.resolve() not in cache.resolve().parents:
         return
-    path = cache if isinstance(cache, str) else cache.get("init_args", cache)["path"]
-    if folder.resolve() in Path(path).resolve().parents:
-        shutil.rmtree(path, ignore_errors=True)
+    for stale in (*cache.glob("shard-*.arrow"), *cache.glob(".shard-*.partial")):
+        stale.unlink(missing_ok=True)
+    if cache.is_dir():
+        (cache / "manifest.json").unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from lightning_prune.errors import refusal
 __all__ = ["CachedTeacher", "TeacherCache", "example_keys"]
 
 _FORMAT = 1
+_PLAIN = (bool, int, float, str, type(None))
 _MANIFEST = "manifest.json"
 
 
@@ -149,8 +150,24 @@ class CachedTeacher:
 def example_keys(taken: Record) -> list[bytes]:
     """A digest of 16 bytes for every example of a batch: of its inputs without their padding.
 
-    Neither shuffling nor the length to which a batch is padded changes it.
+    Neither shuffling nor the length to which a batch is padded on the right changes it; padding on
+    the left does, since it moves the tokens' positions.
+
+    Raises:
+        PruneError: An argument of the network is neither a tensor nor a number, string or flag.
     """
+    strange = [n for n, v in taken.others.items() if not isinstance(v, _PLAIN)]
+    if strange or not taken.inputs:
+        raise refusal(
+            "The cache tells examples apart by the tensors that the network gets",
+            where="DistillationModule(cache=...)",
+            got=f"arguments that hold something else: {', '.join(strange)}"
+            if strange
+            else "no tensor among the arguments",
+            allowed="tensors, numbers, strings and flags as arguments of the network",
+            fix="leave the cache out, or give the network its tensors one by one",
+        )
+    common = "".join(f"{n}={v!r};" for n, v in sorted(taken.others.items()))
     mask_BT = token_mask(taken)
     mask = None if mask_BT is None else mask_BT.cpu().numpy()
     inputs = {n: t for n, t in sorted(taken.inputs.items()) if n != "attention_mask"}
@@ -158,7 +175,9 @@ def example_keys(taken: Record) -> list[bytes]:
     arrays = {n: bytes_of(t) for n, t in inputs.items()}
     keys = []
     for i in range(count):
-        digest = hashlib.blake2b(digest_size=16)
+        digest = hashlib.blake2b(common.encode(), digest_size=16)
+        if mask is not None:
+            digest.update(int(mask[i].argmax()).to_bytes(8, "little"))
         for name, array in arrays.items():
             row = array[i] if array.shape[:1] == (count,) else array
             if mask is not None and row.shape[:1] == mask.shape[1:]:
@@ -194,7 +213,7 @@ def _check_manifest(folder: Path, wanted: Mapping[str, Any]) -> None:
             allowed="the file as it was written",
             fix="remove the folder; it is filled anew",
         ) from error
-    if found is not None:
+    if found is not None and any(folder.glob("shard-*.arrow")):
         for name, value in wanted.items():
             if found.get(name) != value:
                 raise refusal(
@@ -205,7 +224,7 @@ def _check_manifest(folder: Path, wanted: Mapping[str, Any]) -> None:
                     fix="give the cache another path, or remove the folder",
                 )
         return
-    try:
+    try:  # a manifest without a shard is of a run that came to nothing
         folder.mkdir(parents=True, exist_ok=True)
         strange = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
         if strange and strange != [_MANIFEST]:

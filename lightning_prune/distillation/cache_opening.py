@@ -45,6 +45,7 @@ def open_cache(
         names=parts.teacher_names,
         made_for={
             "tokenizer": tokenizer_fingerprint(data),
+            "precision": str(trainer.precision),
             "data": data_fingerprint(getattr(loader, "dataset", None)),
         },
         rank=trainer.global_rank,

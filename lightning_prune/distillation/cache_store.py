@@ -236,7 +236,19 @@ class ShardStore:
         ]
         offsets = np.cumsum([0, *(len(part) for part in parts)], dtype=np.int64)
         flat = np.concatenate(parts)
-        return offsets, flat if _integer(values) else flat.astype(self.dtype)
+        if _integer(values):
+            return offsets, flat
+        with np.errstate(over="ignore"):
+            stored = flat.astype(self.dtype)
+        if not np.isfinite(stored[np.isfinite(flat)]).all():
+            raise refusal(
+                "The teacher's outputs do not fit the cache's numbers",
+                where=f"{name}, in {self.folder}",
+                got=f"a value of {np.abs(flat[np.isfinite(flat)]).max():g}",
+                allowed=f"up to {np.finfo(self.dtype).max:g} in {self.dtype.name}",
+                fix='write dtype="float32"',
+            )
+        return offsets, stored
 
     def _full(self, error: OSError) -> PruneError:
         return refusal(

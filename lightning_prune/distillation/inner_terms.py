@@ -96,7 +96,7 @@ class HiddenStates:
                 losses = [
                     distance(states[s], theirs[theirs_names[t]], context.mask) for t, s in pairs
                 ]
-                return torch.stack(losses).mean()
+                return torch.stack(losses).sum()
 
             return Bound(
                 student=frozenset(mine_names),

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
@@ -116,6 +117,7 @@ class DistillationModule(L.LightningModule):
         self._attention: list[tuple[Any, str]] = []
         self._stash: dict[str, Any] | None = None
         self.example_input_array = self.student.example_input_array
+        self.strict_loading = self.student.strict_loading
         forward_hooks(self, self.student)
         if not is_overridden("validation_step", self.student):
             # Lightning is to see that there is none.
@@ -187,8 +189,9 @@ class DistillationModule(L.LightningModule):
         if any(name.startswith("attention/") for name in parts.student_names):
             networks: list[Any] = [parts.network, parts.teacher.network]
             for network in networks:
-                self._attention.append((network, network.config._attn_implementation))
-                network.set_attn_implementation("eager")
+                if network.config._attn_implementation != "eager":
+                    self._attention.append((network, network.config._attn_implementation))
+                    network.set_attn_implementation("eager")
         self._metrics = SideBySide(causal=is_causal(parts.network))
         self._teacher_values = {}
         self._restore()
@@ -351,7 +354,9 @@ class DistillationModule(L.LightningModule):
 
     def _restore(self) -> None:
         stash, self._stash = self._stash, None
-        if stash is not None:
+        if (
+            stash is not None and self.trainer.state.fn == TrainerFn.FITTING
+        ):  # else nobody is taught
             unpack(self.parts, stash)
 
     def teardown(self, stage: str) -> None:

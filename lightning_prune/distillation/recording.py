@@ -36,6 +36,12 @@ class Record:
         self.found: Any = None
 
     @property
+    def others(self) -> dict[str, Any]:
+        """The arguments that are no tensors, but for the labels."""
+        named = {str(i): value for i, value in enumerate(self.args)} | self.kwargs
+        return {n: v for n, v in named.items() if not isinstance(v, Tensor) and n != "labels"}
+
+    @property
     def inputs(self) -> dict[str, Tensor]:
         """The arguments that are tensors, but for the labels; unnamed ones as `0`, `1`, ..."""
         named = {str(i): value for i, value in enumerate(self.args)} | self.kwargs

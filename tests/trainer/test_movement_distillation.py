@@ -10,7 +10,8 @@ import torch
 from jsonargparse import Namespace
 
 from lightning_prune.cli import main
-from lightning_prune.cli.teaching import forget_answers
+from lightning_prune.cli.teaching import check_cache, forget_answers
+from tests.refusals import refused
 from tests.source_tree import ROOT
 
 RECIPE = str(ROOT / "examples" / "movement_distillation.yaml")
@@ -61,7 +62,10 @@ def test_the_recipe_trains_its_teacher_first_and_goes_on_from_a_checkpoint(tmp_p
     assert set(state["state_dict"]) == {f"model.{name}" for name in student.state_dict()}, (
         "a checkpoint holds the student, under its own names, and nothing of the teacher"
     )
+    assert main(["validate", *TINY, "--ckpt_path", str(folder / "checkpoints" / "last.ckpt")]) == 0
     before = (folder / "teacher" / "model" / "model.safetensors").stat().st_mtime_ns
+    assert main(["fit", *TINY, "--trainer.fast_dev_run=true"]) == 0
+    assert (folder / "report.json").exists(), "fast_dev_run leaves all files alone"
     more = ["--trainer.max_steps=7", "--ckpt_path", str(folder / "checkpoints" / "last.ckpt")]
     assert main(["fit", *TINY, *more]) == 0
     assert (folder / "teacher" / "model" / "model.safetensors").stat().st_mtime_ns == before
@@ -81,8 +85,17 @@ def test_a_new_teacher_does_not_meet_the_answers_of_the_old_one(tmp_path):
                 inner["path"] = str(folder)
                 given = Namespace(cache=cache)
             folder.mkdir(parents=True)
-            forget_answers(Namespace(init_args=given), run)
-            assert folder.exists() == (place is other)
+            for name in ("shard-1.arrow", "manifest.json", "thesis.txt"):
+                (folder / name).touch()
+            model = Namespace(init_args=given)
+            forget_answers(model, run)
+            left = ["manifest.json", "shard-1.arrow"] if place is other else []
+            assert sorted(f.name for f in folder.iterdir()) == [*left, "thesis.txt"]
+            if place is other:
+                with refused(where="cache", got=str(folder), fix=str(run / "cache")):
+                    check_cache(model, run)
+            else:
+                check_cache(model, run)
             shutil.rmtree(folder, ignore_errors=True)
     forget_answers(Namespace(init_args=Namespace(cache=None)), run)
 

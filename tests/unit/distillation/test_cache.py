@@ -40,7 +40,9 @@ def test_keys_know_examples_and_not_their_padding():
     keys = example_keys(taken(student, inputs))
     assert len(set(keys)) == len(keys)
     assert example_keys(taken(student, widened(inputs, 3))) == keys
-    assert example_keys(taken(student, widened(inputs, 3, left=True))) == keys
+    moved = example_keys(taken(student, widened(inputs, 3, left=True)))
+    assert not set(moved) & set(keys), "padding on the left moves positions"
+    assert moved == example_keys(taken(student, widened(inputs, 3, left=True)))
     turned = {name: value.flip(0) for name, value in inputs.items()}
     assert example_keys(taken(student, turned)) == keys[::-1]
     other = inputs["input_ids"].clone()
@@ -49,15 +51,14 @@ def test_keys_know_examples_and_not_their_padding():
     assert [a == b for a, b in zip(keys, changed, strict=True)] == [False, True, True, True]
 
 
-@pytest.mark.parametrize("left", [False, True])
-def test_what_is_read_is_what_the_teacher_would_say(tmp_path, left):
+def test_what_is_read_is_what_the_teacher_would_say(tmp_path):
     names = ["logits", "hidden/0", "hidden/2"]
     cache, student = cached(tmp_path, names=names), bert()
     inputs = batch()
     live = cache(taken(student, inputs))
     assert cache.teacher.calls == 1
     cache.store.commit()
-    wide = taken(student, widened(inputs, 2, left=left))
+    wide = taken(student, widened(inputs, 2))
     again = cache(wide)
     assert cache.teacher.calls == 1
     assert set(again) == set(names)
@@ -157,6 +158,8 @@ def test_a_full_disk_is_refused_and_leaves_nothing(tmp_path, monkeypatch, room):
 )
 def test_a_cache_for_something_else_is_refused(tmp_path, what, changes):
     first = cached(tmp_path)
+    first(taken(bert(), batch()))
+    first.store.commit()
     own = {n: changes.pop(n) for n in ("dtype", "top_k") if n in changes}
     if own:
         changes["settings"] = TeacherCache(path=str(tmp_path), **own)
@@ -172,10 +175,40 @@ def test_a_cache_for_something_else_is_refused(tmp_path, what, changes):
 def test_a_temperature_matters_where_the_rest_is_summed(tmp_path):
     settings = TeacherCache(path=str(tmp_path / "top"), top_k=2)
     cached(tmp_path, settings=settings)
+    first = cached(tmp_path, settings=settings, temperature=2.5)  # nothing is stored yet
+    first(taken(bert(), batch()))
+    first.store.commit()
     with refused(what="temperature"):
         cached(tmp_path, settings=settings, temperature=1.0)
     cached(tmp_path / "all")
     cached(tmp_path / "all", temperature=1.0)
+
+
+class Nested(torch.nn.Module):
+    """A network that takes more than tensors."""
+
+    def forward(self, x: object, scale: float = 1.0) -> object:
+        return type("Output", (), {"logits": x["x"] if isinstance(x, dict) else x * scale})()
+
+
+def test_arguments_that_are_no_tensors_tell_examples_apart_or_are_refused():
+    x, network = torch.randn(2, 3), Nested()
+
+    def keys(*args: object, **kwargs: object) -> list[bytes]:
+        with record(network, ["logits"]) as kept:
+            network(*args, **kwargs)
+        return example_keys(kept)
+
+    assert keys(x) == keys(x)
+    assert not set(keys(x, scale=2.0)) & set(keys(x, scale=3.0))
+    with refused(where="cache", got="something else: 0", fix="leave the cache out"):
+        keys({"x": x})
+
+
+def test_numbers_that_float16_cannot_hold_are_refused(tmp_path):
+    store = ShardStore(tmp_path, 0, "float16")
+    with refused(where="logits", got="100000", allowed="65504", fix="float32"):
+        store.write([b"0" * 16], None, {"logits": torch.tensor([[1e5, 0.0]])})
 
 
 def test_odd_folders_are_refused(tmp_path):
