@@ -211,7 +211,7 @@ def table(rows: list[dict[str, object]]) -> str:
         f"- Sparsity over the encoder's 10,616,832 Linear weights; both callbacks at the same "
         f"absolute cubic targets every {EVERY} steps from 25% to 75% of the run; one-shot at 25%.",
         "- Accuracies of seeds are in the order 0, 1 and, where there is a third, 2. Training "
-        "times are not comparable: other work ran on the machine. Arms that have not been run yet show a dash.",
+        "times are not comparable: other work ran on the machine. A dash is an arm not run yet.",
         "",
         "| sparsity | GradualMagnitudePruning | ModelPruning | one-shot at 25% |",
         "|---|---|---|---|",
