@@ -201,6 +201,15 @@ class MovementPruning(ObservingCallback):
                     fix="build the network in __init__ or configure_callbacks",
                 )
         super().on_fit_start(trainer, pl_module)
+        split = [t for t in self._targets if t.sharded and self.policy.pattern.unit_size(t) != 1]
+        if split:
+            raise refusal(
+                "Scores of groups are not gathered from several ranks",
+                where=f"{self.name}(pattern=...), {split[0].name}",
+                got=f"{self.settings.pattern!r} on a weight that is split over ranks (FSDP2)",
+                allowed="'unstructured' or N:M with FSDP2",
+                fix="choose one of these, or train with DDP",
+            )
         still = [t.name for t in self._targets if not t.parameter.requires_grad]
         if still:
             raise refusal(

@@ -319,6 +319,14 @@ def test_a_first_cut_before_any_gradient_is_refused():
             train(Toy(), callback)
 
 
+def test_scores_of_groups_are_refused_on_split_weights(monkeypatch):
+    from lightning_prune.targets import Target
+
+    monkeypatch.setattr(Target, "sharded", property(lambda self: True))
+    with refused(where="conv.weight", got="Block", allowed="'unstructured'", fix="DDP"):
+        train(Toy(), pruner(pattern="block:4x4"))
+
+
 def test_soft_mode_needs_a_way_to_go():
     with refused(where="mode", got="OneShot", allowed="several updates", fix="cubic"):
         pruner(mode="soft", schedule="oneshot")
