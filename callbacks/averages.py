@@ -72,7 +72,9 @@ def project_averages(
         for average in vars(callback).values():
             if not isinstance(average, AveragedModel):
                 continue
-            averaged = {canonical_name(n): p for n, p in average.module.named_parameters()}
+            named = average.module.named_parameters(remove_duplicate=False)
+            averaged = {canonical_name(name): parameter for name, parameter in named}
             for target in targets:
                 if target.name in averaged:
-                    mask_(averaged[target.name], masks[target.name])
+                    parameter = averaged[target.name]
+                    mask_(parameter, masks[target.name].to(parameter.device))

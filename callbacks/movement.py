@@ -288,10 +288,8 @@ class MovementPruning(ObservingCallback):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def _update(self, sparsity: float) -> None:
-        for target in self._targets:
-            self._remembered.open(
-                target, self._ready()[target.name]
-            )  # what is zero behind the mask, too, goes first
+        for target in self._targets:  # open, so that what is zero behind the mask, too, goes first
+            self._remembered.open(target, self._ready()[target.name])
         super()._update(sparsity)
         self._close()
         if self._trainer is not None:
