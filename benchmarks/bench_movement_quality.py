@@ -33,11 +33,11 @@ STORE = RESULTS / "movement_quality.jsonl"
 KEPT = (0.30, 0.15, 0.10, 0.05, 0.03)
 ARMS = {
     "magnitude": "GradualMagnitudePruning",
-    "movement": "MovementPruning, topk",
-    "movement + KD": "the same, 0.5 labels + 0.5 KL at T=2",
-    "soft": "MovementPruning, soft",
-    "SMP-L": "weights frozen, uniform",
-    "SMP-S": "weights frozen, shares by score",
+    "movement": 'MovementPruning, topk, score_init="magnitude"',
+    "movement from 0": "the same, all scores start at 0, as in the paper",
+    "movement + KD": '"movement" with 0.5 labels + 0.5 KL at T=2',
+    "SMP-L": 'weights frozen, uniform, score_init="magnitude"',
+    "SMP-S": "the same, shares by score",
 }
 
 
@@ -45,12 +45,13 @@ def pruner(arm: str, kept: float) -> L.Callback:
     common: dict[str, Any] = {"every": EVERY, "targets": minilm.ENCODER}
     if arm == "magnitude":
         return GradualMagnitudePruning(1 - kept, **common)
+    common["score_init"] = 0.0 if arm == "movement from 0" else "magnitude"
     if arm.startswith("SMP"):
         shares = {"SMP-L": "uniform", "SMP-S": "score_shares"}[arm]
         return MovementPruning(
             1 - kept, freeze_weights=True, allocation=shares, score_lr=2e-2, **common
         )
-    return MovementPruning(1 - kept, mode="soft" if arm == "soft" else "topk", **common)
+    return MovementPruning(1 - kept, **common)
 
 
 def fit(module: L.LightningModule, callbacks: list[L.Callback], options: Any, seed: int) -> None:
@@ -184,7 +185,7 @@ def main() -> None:
     rows = [json.loads(line) for line in STORE.read_text().splitlines()] if STORE.exists() else []
     rows += [r for r in elsewhere() if not any(_key(r) == _key(mine) for mine in rows)]
     arms = [("dense", 1.0)]
-    arms += [(arm, kept) for kept in KEPT for arm in ("magnitude", "movement", "movement + KD")]
+    arms += [(arm, kept) for kept in KEPT for arm in list(ARMS)[:4]]
     arms += [(arm, kept) for kept in (0.8, 0.5, 0.2, 0.1) for arm in ("SMP-L", "SMP-S")]
     for seed in options.seeds:
         for arm, kept in arms:

@@ -57,7 +57,8 @@ class MovementPruning(ObservingCallback):
         score_optimizer: "adam" or "sgd"; without weight decay.
         score_schedule: "constant", "linear" (down to 0 at the last update), or a function from
             the share of the way to the last update, in [0, 1], to a factor.
-        score_init: Where scores start.
+        score_init: Where scores start: a number, or "magnitude", the size of each weight beside
+            the mean of its tensor, which short runs need.
         penalty: Weight of the l1 regulariser on ``sigmoid(score)`` in mode "soft", >= 0; None is
             400. Its ramp from 0 follows the schedule's shape.
         freeze_weights: Only scores and output heads learn, everything else keeps its values.
@@ -99,7 +100,7 @@ class MovementPruning(ObservingCallback):
         score_lr: float = 1e-2,
         score_optimizer: Literal["adam", "sgd"] = "adam",
         score_schedule: str | Callable[[float], float] = "constant",
-        score_init: float = 0.0,
+        score_init: float | Literal["magnitude"] = 0.0,
         penalty: float | None = None,
         freeze_weights: bool = False,
         budget: Literal["parameters", "macs", "bytes"] = "parameters",

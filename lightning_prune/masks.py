@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,7 +90,9 @@ class MaskSet(Mapping[str, Tensor]):
     def kept(self, name: str) -> int:
         """How many entries of one mask are True; counted once per change."""
         if name not in self._kept:
-            self._kept[name] = int(torch.count_nonzero(self._masks[name]))
+            mask = self._masks[name]
+            count = np.count_nonzero(mask.numpy()) if mask.device.type == "cpu" else mask.sum()
+            self._kept[name] = int(count)
         return self._kept[name]
 
     def full(self, name: str) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_prune.allocation import Allocation
 from lightning_prune.apportionment import Pool, grows
@@ -148,14 +148,15 @@ class Policy:
                 given = given - (~masks[targets[i].name]).to(given.dtype)
             return given if by_unit[i] else pattern.unit_scores(targets[i], given)
 
-        piecewise = alone and getattr(criterion, "elementwise", False)
+        straight = getattr(criterion, "order_keys", None) if alone else None
+        flat = [t.local.reshape(-1) for t in targets] if straight else []
 
-        def keys(i: int, where: slice) -> Tensor:
-            if not piecewise:
+        def keys(i: int, where: slice, out: Tensor | None = None) -> Tensor:
+            if straight is None:
                 return order_keys(scores(i))[where]
-            part = nn.Parameter(targets[i].local.reshape(-1)[where], requires_grad=False)
-            given = criterion.score(replace(targets[i], parameter=part, layout="vector"))
-            return order_keys(given.double() if wide else given)
+            part = flat[i][where].contiguous()
+            keyed: Tensor = straight(part.double() if wide else part.float(), out)
+            return keyed
 
         def pruned(i: int) -> Tensor:
             return ~pattern.unit_mask(targets[i], masks[targets[i].name])
@@ -188,7 +189,7 @@ class Policy:
             scores=scores,
             candidates=Candidates(
                 keys=keys,
-                piecewise=piecewise and all(t.local.device.type == "cpu" for t in targets),
+                keys_into=keys if straight and _on_cpu(targets) else None,
                 pruned=pruned,
                 sizes=[t.local.numel() // n for t, n in zip(targets, sizes, strict=True)],
                 costs=[n * self.costs.get(t.name, 1) for t, n in zip(targets, sizes, strict=True)],
@@ -228,6 +229,10 @@ class Policy:
                     fix="look for the step whose gradients left the finite range: clipping may "
                     "hide it from the weights, and not from scores",
                 )
+
+
+def _on_cpu(targets: Sequence[Target]) -> bool:
+    return all(t.local.device.type == "cpu" for t in targets)
 
 
 def _count_wrong(weight: Tensor) -> int:

@@ -71,7 +71,8 @@ class Candidates:
     Attributes:
         keys: Gives the order keys of those of tensor i's local units that a slice picks, 1-D;
             computed anew at every call so that no scores of all tensors are ever held at once.
-        piecewise: Whether a slice's keys take no more work than the slice is long.
+        keys_into: The same, written into a tensor of the slice's length; None where a slice takes
+            as much work as the whole.
         pruned: Gives, for tensor i, which local units are pruned already, 1-D bool.
         sizes: How many local units each tensor has.
         costs: What one unit of each tensor costs, as a positive integer.
@@ -84,7 +85,7 @@ class Candidates:
     sizes: Sequence[int]
     costs: Sequence[int]
     sharded: Sequence[bool]
-    piecewise: bool = False
+    keys_into: Callable[[int, slice, Tensor], Tensor] | None = None
     shards: Shards = field(default_factory=Shards)
 
     def all_keys(self, i: int) -> Tensor:
@@ -92,12 +93,15 @@ class Candidates:
         return self.keys(i, slice(None))
 
     def pieces(self, i: int) -> Iterator[tuple[slice, Tensor]]:
-        """The keys of tensor i a piece at a time, so that they stay in the processor's cache."""
+        """The keys of tensor i a piece at a time, valid until the next: they stay in the cache."""
         size = self.sizes[i]
-        step = _PIECE if self.piecewise else max(1, size)
-        for start in range(0, size, step):
-            where = slice(start, min(size, start + step))
-            yield where, self.keys(i, where)
+        if self.keys_into is None or size == 0:
+            yield slice(0, size), self.all_keys(i)
+            return
+        room = torch.empty(min(size, _PIECE), dtype=self.keys(i, slice(0, 0)).dtype)
+        for start in range(0, size, _PIECE):
+            where = slice(start, min(size, start + _PIECE))
+            yield where, self.keys_into(i, where, room[: where.stop - start])
 
     def counted(self, i: int) -> bool:
         """Whether this rank's count of tensor i enters the sum: whole tensors are counted once."""
@@ -141,7 +145,10 @@ def take(units: Candidates, i: int, quota: Quota) -> Tensor:
         return torch.ones_like(units.all_keys(i), dtype=torch.bool)
     kept = torch.empty(units.sizes[i], dtype=torch.bool, device=units.keys(i, slice(0, 1)).device)
     for where, keys in units.pieces(i):
-        _compare(np.greater_equal, keys, quota.key, kept[where])
+        if keys.device.type == "cpu":
+            np.greater_equal(keys.numpy(), quota.key, out=kept[where].numpy())
+        else:
+            torch.ge(keys, quota.key, out=kept[where])
     if quota.settled or quota.fresh:
         at = (units.all_keys(i) == quota.key).nonzero().squeeze(1)
         old = units.pruned(i)[at]
@@ -181,19 +188,9 @@ def _bracketed(units: Candidates, members: Sequence[int], budget: int) -> _Searc
     if lo > hi:
         return None
     base, upto, inside = {}, {}, {}
-    room: dict[int, Tensor] = {}
     for i in members:
-        base[i], parts = 0, [units.all_keys(i)[:0]] if not units.sizes[i] else []
-        for _, keys in units.pieces(i):
-            size = len(keys)
-            if size not in room:  # the same two again and again: fresh memory costs more
-                room[size] = torch.empty(2, size, dtype=torch.bool, device=keys.device)
-            over, under = room[size]
-            _compare(np.greater_equal, keys, lo, over)
-            base[i] += size - _count(over)
-            _compare(np.less_equal, keys, hi, under)
-            parts.append(_select(keys, over.logical_and_(under)))
-        inside[i] = torch.cat(parts)
+        split = [_split(keys, lo, hi) for _, keys in units.pieces(i)]
+        base[i], inside[i] = sum(n for n, _ in split), torch.cat([part for _, part in split])
         upto[i] = base[i] + len(inside[i])
     spent, reached = _cost(units, base), _cost(units, upto)
     if spent < budget <= reached:
@@ -207,23 +204,15 @@ def _bracketed(units: Candidates, members: Sequence[int], budget: int) -> _Searc
     return None
 
 
-def _compare(how: np.ufunc, keys: Tensor, bound: int, out: Tensor) -> None:
-    if keys.device.type == "cpu":  # NumPy compares twice as fast
-        how(keys.numpy(), bound, out=out.numpy())
-    else:
-        getattr(torch, how.__name__)(keys, bound, out=out)
-
-
-def _count(chosen: Tensor) -> int:
-    if chosen.device.type == "cpu":
-        return int(np.count_nonzero(chosen.numpy()))
-    return int(torch.count_nonzero(chosen))
-
-
-def _select(keys: Tensor, chosen: Tensor) -> Tensor:
-    if keys.device.type == "cpu":  # NumPy is four times faster where little is chosen
-        return torch.from_numpy(keys.numpy()[chosen.numpy()])
-    return keys[chosen]
+def _split(keys: Tensor, lo: int, hi: int) -> tuple[int, Tensor]:
+    """How many keys lie under a bracket, and a copy of those inside."""
+    if keys.device.type != "cpu":
+        return int(torch.count_nonzero(keys < lo)), keys[(keys >= lo) & (keys <= hi)]
+    values = keys.numpy()  # on pieces of a cache's size NumPy is several times faster
+    over, inside = values >= lo, values <= hi
+    inside &= over
+    under = len(values) - np.count_nonzero(over)
+    return int(under), torch.from_numpy(values[np.flatnonzero(inside)])
 
 
 def _pivots(units: Candidates, members: Sequence[int], budget: int) -> tuple[int, int]:

@@ -17,9 +17,10 @@ __all__ = ["Criterion", "Observer"]
 class Criterion(Protocol):
     """Gives every weight a score; the lowest are pruned first.
 
-    A criterion may set ``elementwise = True`` to say that a weight's score depends on that weight
-    alone; the search for a threshold is then a little faster. With ``by_unit = True`` it gives one
-    score a unit, shape (U,), where the pattern's units hold more than a weight.
+    Where a weight's score depends on that weight alone, a method ``order_keys(weights, out)`` may
+    give the order keys of any part of a weight straight (see `threshold.order_keys`), which saves
+    passes over memory. With ``by_unit = True`` a criterion gives one score a unit, shape (U,),
+    where the pattern's units hold more than a weight.
     """
 
     def score(self, target: Target) -> Tensor:

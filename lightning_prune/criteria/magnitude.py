@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,11 +28,24 @@ class Magnitude:
         [[0.5, 0.5]]
     """
 
-    elementwise: ClassVar[bool] = True
-
     def score(self, target: Target) -> Tensor:
         """Absolute values, float32 or float64, of the weight's local shape."""
         weight = target.local
         if weight.dtype not in (torch.float32, torch.float64):
             weight = weight.float()
         return weight.abs()
+
+    def order_keys(self, weights: Tensor, out: Tensor | None = None) -> Tensor:
+        """Order keys of the absolute values: the bits of the weights but their sign.
+
+        Args:
+            weights: float32 or float64, any shape, contiguous.
+            out: Where to write them: int32 or int64, of the same shape; None = a new tensor.
+        """
+        wide = weights.dtype == torch.float64
+        bits = weights.detach().view(torch.int64 if wide else torch.int32)
+        rest = 0x7FFFFFFFFFFFFFFF if wide else 0x7FFFFFFF
+        if out is None or weights.device.type != "cpu":
+            return torch.bitwise_and(bits, rest, out=out)
+        np.bitwise_and(bits.numpy(), rest, out=out.numpy())  # faster on pieces of a cache's size
+        return out

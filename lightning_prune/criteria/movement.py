@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_prune.distributed import gather_whole
 from lightning_prune.errors import refusal
 from lightning_prune.patterns import Pattern, Unstructured
 from lightning_prune.targets import Target
@@ -30,7 +31,8 @@ class Movement:
     Args:
         lr: The scores' learning rate, > 0.
         optimizer: "adam" (eps 1e-8, fused) or "sgd" (no momentum).
-        init: Where scores start; finite.
+        init: Where scores start: a finite number, or "magnitude" for ``|w| / mean(|w|)``, the mean
+            over the tensor; over the unit where that is more than a weight.
         penalty: Weight of the regulariser, >= 0: the mean over tensors of each one's mean of
             ``sigmoid(score)``, which pushes scores down.
 
@@ -42,7 +44,7 @@ class Movement:
 
     lr: float = 1e-2
     optimizer: str = "adam"
-    init: float = 0.0
+    init: float | str = 0.0
     penalty: float = 0.0
     _pattern: Pattern = field(default_factory=Unstructured, repr=False, init=False)
     _scores: dict[str, Tensor] = field(default_factory=dict, repr=False, init=False)
@@ -52,11 +54,13 @@ class Movement:
         """Checks every value by itself."""
         for name, value, allowed, fits in (
             ("lr", self.lr, "a number > 0", lambda x: x > 0),
-            ("init", self.init, "a finite number", lambda x: True),
+            ("init", self.init, "a finite number, or 'magnitude'", lambda x: True),
             ("penalty", self.penalty, "a number >= 0", lambda x: x >= 0),
         ):
+            if name == "init" and value == "magnitude":
+                continue
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or not fits(value):
+            if not (number and math.isfinite(float(value)) and fits(value)):
                 raise refusal(
                     "A score's settings are numbers in their ranges",
                     where=f"Movement({name}=...), {_ARGUMENTS[name]} of the callback",
@@ -82,19 +86,25 @@ class Movement:
         """Makes one score a unit, and their optimizer."""
         self._pattern = pattern
         for target in targets:
-            like = target.local
-            dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-            if pattern.unit_size(target) != 1:
-                like = pattern.unit_sums(target, like)
+            device = target.local.device
+            dtype = torch.float64 if target.local.dtype == torch.float64 else torch.float32
             old = self._scores.get(target.name)
-            if old is None or (old.dtype, old.device) != (dtype, like.device):
-                start = torch.full_like(like, self.init, dtype=dtype)
-                if old is not None:
-                    start.copy_(old.detach())
-                    self._optimizer = None  # its moments are of the old scores
-                self._scores[target.name] = start.requires_grad_()
+            if old is None:
+                self._scores[target.name] = self._start(target, dtype).requires_grad_()
+            elif (old.dtype, old.device) != (dtype, device):
+                self._scores[target.name] = old.detach().to(device, dtype).requires_grad_()
+                self._optimizer = None  # its moments are of the old scores
         if self._optimizer is None:
             self._optimizer = self._made(list(self._scores.values()))
+
+    def _start(self, target: Target, dtype: torch.dtype) -> Tensor:
+        start, size = target.local.to(dtype, copy=True).abs_(), self._pattern.unit_size(target)
+        if isinstance(self.init, str):
+            mean = gather_whole(target.parameter, start).sum() / max(1, target.size)
+            start.div_(mean.clamp_min(torch.finfo(dtype).tiny))
+        if size > 1:
+            start = self._pattern.unit_sums(target, start) / size
+        return start if isinstance(self.init, str) else start.fill_(self.init)
 
     def _made(self, scores: list[Tensor]) -> torch.optim.Optimizer:
         if self.optimizer == "sgd":

@@ -101,7 +101,7 @@ def chosen(
         values, pruned = split.values[shards.rank], split.pruned[shards.rank]
         units = Candidates(
             keys=lambda i, where: order_keys(values[i])[where],
-            piecewise=True,
+            keys_into=lambda i, where, out: out.copy_(order_keys(values[i][where])),
             pruned=lambda i: pruned[i],
             sizes=[len(v) for v in values],
             costs=costs,

@@ -120,6 +120,7 @@ def reference(
     skip: int | None = None,
     cast: torch.dtype | None = None,
     score_optimizer: str = "adam",
+    from_magnitude: bool = False,
     share: Callable[[float], float] = lambda progress: 0.7 * (1 - (1 - progress) ** 3),
 ) -> list[Any]:
     """The same run with masks and scores in the graph."""
@@ -127,6 +128,10 @@ def reference(
     net[0], net[2] = Masked(net[0], block), Masked(net[2], block)
     layers = [net[0], net[2]]
     scores = [layer.scores for layer in layers]
+    for layer in layers if from_magnitude else []:
+        size = layer.weight.detach().abs() / layer.weight.detach().abs().mean()
+        (rows, columns), (a, b) = layer.scores.shape, block
+        layer.scores.data = size.reshape(rows, a, columns, b).mean((1, 3))
     rest = [p for n, p in net.named_parameters() if not n.endswith("scores")]
     order = TORCH[optimizer](rest)
     learn = (
@@ -265,6 +270,12 @@ def test_soft_scores_are_pushed_down():
     compare(trace, reference("adamw", penalty=50.0), until=8)
     name = "net.0.weight"
     assert trace.seen[-1][1][name].mean() < plain.seen[-1][1][name].mean()
+
+
+@pytest.mark.parametrize("block", [(1, 1), (4, 2)])
+def test_scores_that_start_at_the_sizes_of_weights(block):
+    trace, _ = ours("adamw", score_init="magnitude", pattern=f"block:{block[0]}x{block[1]}")
+    compare(trace, reference("adamw", from_magnitude=True, block=block), until=8)
 
 
 def test_scores_by_sgd():

@@ -116,6 +116,23 @@ def test_a_score_learning_rate_is_positive(value):
         pruner(score_lr=value)
 
 
+@pytest.mark.parametrize("value", ["large", math.nan, -math.inf, None])
+def test_scores_start_at_a_number_or_at_magnitudes(value):
+    with refused(where="score_init", got=str(value), allowed="'magnitude'", fix="default"):
+        pruner(score_init=value)
+
+
+def test_scores_of_a_tensor_of_zeros_start_at_zero():
+    from lightning_prune.patterns import Block, Unstructured
+    from tests.weights import targets
+
+    for pattern in (Unstructured(), Block(2, 2)):
+        criterion = Movement(init="magnitude")
+        criterion.begin(targets(torch.zeros(4, 4), torch.zeros(0, 4)), pattern)
+        assert criterion.scores["t0"].count_nonzero() == 0
+        assert criterion.scores["t1"].numel() == 0
+
+
 def test_what_makes_no_sense_is_refused():
     with refused(where="mode", got="'hard'", allowed="'topk'", fix="soft"):
         pruner(mode="hard")

@@ -5,6 +5,7 @@ import torch
 
 from lightning_prune.criteria import Criterion, Magnitude, Random
 from lightning_prune.patterns import Unstructured
+from lightning_prune.threshold import order_keys
 from tests.property.cases import CRITERIA
 from tests.refusals import refused
 from tests.weights import DTYPES, target, taught
@@ -31,6 +32,16 @@ def test_magnitude_is_the_absolute_value_in_any_dtype():
     for dtype in DTYPES:
         scores = Magnitude().score(target(WEIGHT.to(dtype)))
         assert scores.tolist() == [[0.0, 3.0, 2.0], [0.0, 0.5, 0.25]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_magnitudes_order_keys_are_those_of_its_scores(dtype):
+    weight = torch.cat([torch.randn(1000, dtype=dtype), torch.tensor([0.0, -0.0, 1e-42, -3e38])])
+    expected = order_keys(weight.abs())
+    room = torch.empty_like(expected)
+    assert torch.equal(Magnitude().order_keys(weight), expected)
+    assert Magnitude().order_keys(weight, room) is room
+    assert torch.equal(room, expected)
 
 
 def test_chance_is_the_same_for_the_same_name_and_seed():

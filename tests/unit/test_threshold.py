@@ -14,7 +14,7 @@ def candidates(*values: list[float], pruned: list[list[bool]] | None = None, cos
     old = [torch.tensor(p) for p in pruned] if pruned else [t.isnan() for t in tensors]
     return Candidates(
         keys=lambda i, where: order_keys(tensors[i])[where],
-        piecewise=True,
+        keys_into=lambda i, where, out: out.copy_(order_keys(tensors[i][where])),
         pruned=lambda i: old[i],
         sizes=[len(t) for t in tensors],
         costs=costs or [1] * len(tensors),
