@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_prune.allocation import Allocation
@@ -33,7 +32,7 @@ from lightning_prune.callbacks.state import (
 from lightning_prune.callbacks.steps import StepCounter
 from lightning_prune.criteria import Criterion
 from lightning_prune.distributed import Shards, agree, shards_of
-from lightning_prune.errors import NoEffectWarning
+from lightning_prune.followers import Members, followed
 from lightning_prune.masks import MaskSet, pack, pruned_fraction, zero_fraction
 from lightning_prune.policy import Policy
 from lightning_prune.targets import Selection, Target, select
@@ -65,7 +64,7 @@ class MaskCallback(L.Callback):
             allocation=allocation,
             min_density=settings.min_density,
         )
-        self._targets: tuple[Target, ...] = ()
+        self._members = Members(())
         self._masks: MaskSet | None = None
         self._shards = Shards()
         self._timeline: Timeline | None = None
@@ -95,6 +94,10 @@ class MaskCallback(L.Callback):
         """What this callback would prune in a model, and what not and why."""
         return select(model, self.settings.targets, self.settings.exclude)
 
+    def members(self, model: torch.nn.Module) -> Members:
+        """What is selected, and what loses rows or columns with it."""
+        return Members(self.selection(model).targets)
+
     def timeline(
         self, selection: Selection, total_steps: int | None, *, squeeze: bool = False
     ) -> Timeline:
@@ -103,6 +106,10 @@ class MaskCallback(L.Callback):
         if initial == "from_model":
             initial = zero_fraction(selection.targets, self._shards)
         return self.settings.lay_out(initial, total_steps, squeeze)
+
+    @property
+    def _targets(self) -> tuple[Target, ...]:
+        return self._members.everything
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -143,23 +150,23 @@ class MaskCallback(L.Callback):
         checks.check_strategy(trainer, self.name)
         checks.check_callback_order(trainer, self)
         checks.check_optimizers(trainer, self.name)
-        targets = self.selection(pl_module).targets
+        members = self.members(pl_module)
+        targets = members.everything
         pruners = [c for c in trainer.callbacks if isinstance(c, MaskCallback)]  # type: ignore[attr-defined]
         for other in pruners[: pruners.index(self)]:
             checks.check_owner(targets, other._targets, self, other)
         shards = shards_of((t.name, t.parameter) for t in targets)
         if self._timeline is not None:
             checks.check_same_weights(self._ready(), targets, self.name)
-        costs = known_costs(self.settings.budget, self.policy.costs, trainer, pl_module, targets)
-        self.policy = self.policy.with_costs(costs or {})
-        if costs is None:
-            self.policy.check_patterns(targets)
-        else:
-            self.policy.check(targets, self.sparsity, shards)
+        costs = known_costs(
+            self.settings.budget, self.policy.costs, trainer, pl_module, members.selected
+        )
+        self.policy = members.led(self.policy).with_costs(costs or {})
+        self.policy.check(members.ranked, None if costs is None else self.sparsity, shards)
         old = self._masks if self._masks and self._timeline is not None else {}
         fresh = {t.name: torch.ones_like(t.local, dtype=torch.bool) for t in targets}
         self._masks = MaskSet({n: old[n].to(m.device) if old else m for n, m in fresh.items()})
-        self._targets, self._shards = targets, shards
+        self._members, self._shards = members, shards
         self._suffix = f"/{pruners.index(self)}" if len(pruners) > 1 else ""
         self._counter.attach(trainer.optimizers, targets, self._after_step)
 
@@ -179,7 +186,7 @@ class MaskCallback(L.Callback):
             self._offset = trainer.global_step - self.step
         if self._timeline is None:
             total = self._length if told is None or squeeze else told
-            selection = Selection(targets=self._targets, excluded=())
+            selection = Selection(targets=self._members.selected, excluded=())
             self._timeline = self.timeline(selection, total, squeeze=squeeze)
             if self.settings.initial_sparsity == "from_model":
                 for target in self._targets:
@@ -190,10 +197,10 @@ class MaskCallback(L.Callback):
             checks.check_enough_steps(self._timeline, 0, told, self.name)
         if self.settings.budget == "macs" and not self.policy.costs:
             checks.check_macs_known(self._timeline, self.step, self.name)
-            self._uses = UseCounter(self._targets)
+            self._uses = UseCounter(self._members.selected)
             self._uses.open()
         self._project()
-        self._actual = pruned_fraction(masks, self._targets, self._shards)
+        self._actual = pruned_fraction(masks, self._members.selected, self._shards)
 
     # Training -----------------------------------------------------------------------------------
 
@@ -216,7 +223,7 @@ class MaskCallback(L.Callback):
             self._uses.close()
             self.policy = self.policy.with_costs(shared_costs(self._uses, pl_module.device))
             self._uses = None
-            self.policy.check(self._targets, self.sparsity, self._shards)
+            self.policy.check(self._members.ranked, self.sparsity, self._shards)
 
     def on_before_optimizer_step(
         self,
@@ -234,10 +241,7 @@ class MaskCallback(L.Callback):
                 mask_(gradient, masks[target.name])
 
     def _after_step(self, targets: tuple[Target, ...]) -> None:
-        masks = self._ready()
-        for target in targets:
-            if not masks.full(target.name):
-                mask_(target.parameter, masks[target.name])
+        self._project(targets)
 
     def on_train_batch_end(
         self,
@@ -268,13 +272,13 @@ class MaskCallback(L.Callback):
         if sparsity == 0 and masks.density == 1:
             return
         changes = self.policy.masks(
-            self._targets, masks, sparsity=sparsity, final=self.sparsity, shards=self._shards
+            self._members.ranked, masks, sparsity=sparsity, final=self.sparsity, shards=self._shards
         )
-        for target, mask in changes:
+        for target, mask in followed(changes, self._members.followers):
             masks[target.name] = mask
             self._write(target)
         agree(((n, pack(m)) for n, m in masks.items()), shards=self._shards)
-        self._actual = pruned_fraction(masks, self._targets, self._shards)
+        self._actual = pruned_fraction(masks, self._members.selected, self._shards)
 
     def _write(self, target: Target) -> None:
         masks = self._ready()
@@ -285,10 +289,11 @@ class MaskCallback(L.Callback):
         if optimizer is not None:
             mask_moments_(optimizer, target.parameter, masks[target.name])
 
-    def _project(self) -> None:
-        for target in self._targets:
-            if not self._ready().full(target.name):
-                mask_(target.parameter, self._ready()[target.name])
+    def _project(self, targets: tuple[Target, ...] | None = None) -> None:
+        masks = self._ready()
+        for target in self._targets if targets is None else targets:
+            if not masks.full(target.name):
+                mask_(target.parameter, masks[target.name])
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Projects averaged weights that were swapped in."""
@@ -310,11 +315,7 @@ class MaskCallback(L.Callback):
             self._update(self._resolved().final)
         self._project()
         if not self.finished:
-            rank_zero_warn(
-                f"Training ended at step {self.step}, before the last update of {self.name} at "
-                f"step {last}: sparsity is {self._actual:.4f} of {self.sparsity:.4f}.",
-                category=NoEffectWarning,
-            )
+            checks.warn_of_early_end(self.step, last, self._actual, self.sparsity, self.name)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Projects once more, after averaging callbacks have written, and lets go of the model."""

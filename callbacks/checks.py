@@ -28,6 +28,7 @@ __all__ = [
     "check_trainer",
     "too_early",
     "warn_of_dense_checkpoint",
+    "warn_of_early_end",
     "warn_of_other_weights",
 ]
 
@@ -228,4 +229,13 @@ def too_early(callback: str, hook: str) -> PruneError:
         got=f"no call of {hook} yet",
         allowed="hooks in the order of a Trainer's fit",
         fix="pass the callback to L.Trainer(callbacks=[...]) and call fit",
+    )
+
+
+def warn_of_early_end(step: int, last: int, actual: float, asked: float, owner: str) -> None:
+    """Says that training ended before the schedule did."""
+    rank_zero_warn(
+        f"Training ended at step {step}, before the last update of {owner} at step {last}: "
+        f"sparsity is {actual:.4f} of {asked:.4f}.",
+        category=NoEffectWarning,
     )

@@ -13,14 +13,17 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_prune.allocation import LAMP, Allocation, as_allocation
+from lightning_prune.anatomy import ffn_followers
 from lightning_prune.apply import mask_
 from lightning_prune.callbacks.averages import project_averages
 from lightning_prune.callbacks.base import MaskCallback
 from lightning_prune.callbacks.observing import ObservingCallback
+from lightning_prune.callbacks.score_rates import as_factor
 from lightning_prune.callbacks.settings import Settings
 from lightning_prune.callbacks.state import as_text
 from lightning_prune.criteria import Movement
 from lightning_prune.errors import refusal
+from lightning_prune.followers import Members, biases_of
 from lightning_prune.patterns import Pattern, as_pattern
 from lightning_prune.remembered import Remembered
 from lightning_prune.schedules import Schedule, as_schedule
@@ -58,9 +61,12 @@ class MovementPruning(ObservingCallback):
         score_schedule: "constant", "linear" (down to 0 at the last update), or a function from
             the share of the way to the last update, in [0, 1], to a factor.
         score_init: Where scores start: a number, or "magnitude", the size of each weight beside
-            the mean of its tensor, which short runs need.
+            the mean of all, which short runs need.
         penalty: Weight of the l1 regulariser on ``sigmoid(score)`` in mode "soft", >= 0; None is
             400. Its ramp from 0 follows the schedule's shape.
+        units: "ffn" makes each feed-forward neuron one unit with one score: its rows on the way
+            in, its column on the way out, its biases; other weights follow ``pattern``.
+        mask_bias: Whether a bias is pruned where all of its row is.
         freeze_weights: Only scores and output heads learn, everything else keeps its values.
         budget: "parameters", "macs" or "bytes".
         total_steps: The run's optimizer steps, where the Trainer cannot know them.
@@ -102,6 +108,8 @@ class MovementPruning(ObservingCallback):
         score_schedule: str | Callable[[float], float] = "constant",
         score_init: float | Literal["magnitude"] = 0.0,
         penalty: float | None = None,
+        units: Literal["ffn"] | None = None,
+        mask_bias: bool = False,
         freeze_weights: bool = False,
         budget: Literal["parameters", "macs", "bytes"] = "parameters",
         total_steps: int | None = None,
@@ -146,7 +154,16 @@ class MovementPruning(ObservingCallback):
                 allowed="'global', 'uniform', 'erk', 'score_shares' or a sparsity per glob",
                 fix="write allocation='global'",
             )
+        if units not in (None, "ffn"):
+            raise refusal(
+                "Unknown kind of unit",
+                where=f"{name}(units=...)",
+                got=units,
+                allowed="'ffn', or None",
+                fix="leave it out, and choose a pattern",
+            )
         self.mode, self.freeze_weights = mode, freeze_weights
+        self.units, self.mask_bias = units, mask_bias
         self._scores = Movement(
             lr=score_lr,
             optimizer=score_optimizer,
@@ -154,7 +171,7 @@ class MovementPruning(ObservingCallback):
             penalty=0.0 if mode == "topk" else _PENALTY if penalty is None else penalty,
         )
         self._score_schedule = score_schedule
-        self._factor = _as_factor(score_schedule, name)
+        self._factor = as_factor(score_schedule, name)
         self._remembered = Remembered()
         self._frozen: list[torch.nn.Parameter] = []
         self._trainer: L.Trainer | None = None
@@ -165,6 +182,16 @@ class MovementPruning(ObservingCallback):
     def scores(self) -> dict[str, Tensor]:
         """Scores by parameter name: of the weight's shape, or (U,) for a pattern of U groups."""
         return self._scores.scores
+
+    def members(self, model: torch.nn.Module) -> Members:
+        """What is selected, and what loses rows or columns with it."""
+        selected = super().members(model).selected
+        followers = ffn_followers(model, selected) if self.units == "ffn" else ()
+        led = {f.target.name for f in followers}
+        if self.mask_bias:
+            biases = [b for t in selected if t.name not in led for b in biases_of(t)]
+            followers += tuple(b for b in biases if b.target.name not in led)
+        return Members(selected, followers)
 
     # Set-up -------------------------------------------------------------------------------------
 
@@ -202,7 +229,9 @@ class MovementPruning(ObservingCallback):
                     fix="build the network in __init__ or configure_callbacks",
                 )
         super().on_fit_start(trainer, pl_module)
-        split = [t for t in self._targets if t.sharded and self.policy.pattern.unit_size(t) != 1]
+        split = [
+            t for t in self._members.ranked if t.sharded and self.policy.pattern.unit_size(t) != 1
+        ]
         if split:
             raise refusal(
                 "Scores of groups are not gathered from several ranks",
@@ -211,7 +240,7 @@ class MovementPruning(ObservingCallback):
                 allowed="'unstructured' or N:M with FSDP2",
                 fix="choose one of these, or train with DDP",
             )
-        still = [t.name for t in self._targets if not t.parameter.requires_grad]
+        still = [t.name for t in self._members.selected if not t.parameter.requires_grad]
         if still:
             raise refusal(
                 "Scores learn from the gradients of their weights, which frozen weights have not",
@@ -232,11 +261,19 @@ class MovementPruning(ObservingCallback):
     def _observe(self, observer: Any, target: Target, gradient: Tensor, scale: float) -> None:
         masks = self._ready()
         room = self._remembered.open(target, masks[target.name])
-        self._scores.observe(target, gradient, scale, room)
+        self._teach(target, gradient, scale, room)
         if not masks.full(target.name):
             mask_(gradient, masks[target.name])
         if self.freeze_weights:
             target.parameter.grad = None
+
+    def _teach(self, target: Target, gradient: Tensor, scale: float, room: Tensor) -> None:
+        follower = next((f for f in self._members.followers if f.target is target), None)
+        if follower is None:
+            self._scores.observe(target, gradient, scale, room)
+        elif follower.counted:
+            unit = (follower.leader, follower.pattern)
+            self._scores.observe(target, gradient, scale, unit=unit)
 
     def on_before_optimizer_step(
         self,
@@ -327,6 +364,8 @@ class MovementPruning(ObservingCallback):
         return super()._asked() | {
             "mode": self.mode,
             "freeze_weights": str(self.freeze_weights),
+            "units": str(self.units),
+            "mask_bias": str(self.mask_bias),
             "score_schedule": as_text(self._score_schedule),
         }
 
@@ -340,28 +379,3 @@ class MovementPruning(ObservingCallback):
 
 def _has_weights(module: torch.nn.Module) -> bool:
     return any(parameter.dim() > 1 for parameter in module.parameters())
-
-
-def _constant(share: float) -> float:
-    return 1.0
-
-
-def _linear(share: float) -> float:
-    return 1.0 - share
-
-
-_FACTORS = {"constant": _constant, "linear": _linear}
-
-
-def _as_factor(value: str | Callable[[float], float], callback: str) -> Callable[[float], float]:
-    if isinstance(value, str) and value in _FACTORS:
-        return _FACTORS[value]
-    if callable(value):
-        return value
-    raise refusal(
-        "Unknown schedule for the scores' learning rate",
-        where=f"{callback}(score_schedule=...)",
-        got=value,
-        allowed="'constant', 'linear', or a function from [0, 1] to a factor",
-        fix="leave it out for a constant rate",
-    )

@@ -73,7 +73,7 @@ class ObservingCallback(MaskCallback):
     def _begin(self) -> None:
         learns = self.sparsity > 0 and not self.finished
         if learns and isinstance(self.policy.criterion, Observer):
-            self.policy.criterion.begin(self._targets, self.policy.pattern)
+            self.policy.criterion.begin(self._members.ranked, self.policy.pattern)
 
     def on_before_optimizer_step(
         self,

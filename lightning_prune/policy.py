@@ -32,6 +32,8 @@ class Policy:
         allocation: How the budget spreads over tensors.
         min_density: The least density of any tensor, in [0, 1]; one unit always stays.
         costs: Cost of one weight by parameter name, positive integers; names left out cost 1.
+        extra: How many weights of others go with one of a weight that leads (`Members`), each at
+            its cost, by the leader's name; 0 for names left out.
         regrow: Whether pruned weights compete anew at every update; otherwise they stay pruned
             for as long as the sparsity does not fall.
     """
@@ -41,6 +43,7 @@ class Policy:
     allocation: Allocation
     min_density: float = 0.0
     costs: Mapping[str, int] = field(default_factory=dict)
+    extra: Mapping[str, int] = field(default_factory=dict)
     regrow: bool = False
 
     def __post_init__(self) -> None:
@@ -59,25 +62,26 @@ class Policy:
         """The same policy with other costs."""
         return replace(self, costs=dict(costs))
 
-    def check(self, targets: Sequence[Target], sparsity: float, shards: Shards) -> None:
+    def cost(self, target: Target) -> int:
+        """What pruning one weight saves, with all that goes with it."""
+        return self.costs.get(target.name, 1) * (1 + self.extra.get(target.name, 0))
+
+    def check(self, targets: Sequence[Target], sparsity: float | None, shards: Shards) -> None:
         """Refuses what shapes alone show to be impossible.
 
         Args:
             targets: The weights.
-            sparsity: The final sparsity.
+            sparsity: The final sparsity; None while costs are not known.
             shards: How they are split over ranks.
 
         Raises:
             PruneError: If the pattern does not fit a weight, or the budget cannot be met.
         """
-        self.check_patterns(targets)
-        pool = self._pool(targets, {}, 1.0, shards)
-        self.allocation.check(pool, self._budget(targets, sparsity))
-
-    def check_patterns(self, targets: Sequence[Target]) -> None:
-        """Refuses weights that the pattern does not fit, when costs are not known yet."""
         for target in targets:
             self.pattern.check(target)
+        if sparsity is not None:
+            pool = self._pool(targets, {}, 1.0, shards)
+            self.allocation.check(pool, self._budget(targets, sparsity))
 
     def masks(
         self,
@@ -117,8 +121,8 @@ class Policy:
             yield target, mask
 
     def _budget(self, targets: Sequence[Target], sparsity: float) -> int:
-        total = sum(t.size * self.costs.get(t.name, 1) for t in targets)
-        units = [self.pattern.unit_size(t) * self.costs.get(t.name, 1) for t in targets if t.size]
+        total = sum(t.size * self.cost(t) for t in targets)
+        units = [self.pattern.unit_size(t) * self.cost(t) for t in targets if t.size]
         if all(u == 1 for u in units):
             return round(sparsity * total)
         # the largest size that keeps at most (1 - s); rounding takes off the error of the product
@@ -192,7 +196,7 @@ class Policy:
                 keys_into=keys if straight and _on_cpu(targets) else None,
                 pruned=pruned,
                 sizes=[t.local.numel() // n for t, n in zip(targets, sizes, strict=True)],
-                costs=[n * self.costs.get(t.name, 1) for t, n in zip(targets, sizes, strict=True)],
+                costs=[n * self.cost(t) for t, n in zip(targets, sizes, strict=True)],
                 sharded=[t.sharded for t in targets],
                 shards=shards,
             ),

@@ -31,8 +31,8 @@ class Movement:
     Args:
         lr: The scores' learning rate, > 0.
         optimizer: "adam" (eps 1e-8, fused) or "sgd" (no momentum).
-        init: Where scores start: a finite number, or "magnitude" for ``|w| / mean(|w|)``, the mean
-            over the tensor; over the unit where that is more than a weight.
+        init: Where scores start: a finite number, or "magnitude" for ``|w|`` (its mean over a unit)
+            divided by the mean over all the weights.
         penalty: Weight of the regulariser, >= 0: the mean over tensors of each one's mean of
             ``sigmoid(score)``, which pushes scores down.
 
@@ -48,6 +48,7 @@ class Movement:
     penalty: float = 0.0
     _pattern: Pattern = field(default_factory=Unstructured, repr=False, init=False)
     _scores: dict[str, Tensor] = field(default_factory=dict, repr=False, init=False)
+    _seen: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False, init=False)
     _optimizer: torch.optim.Optimizer | None = field(default=None, repr=False, init=False)
 
     def __post_init__(self) -> None:
@@ -85,26 +86,26 @@ class Movement:
     def begin(self, targets: Sequence[Target], pattern: Pattern) -> None:
         """Makes one score a unit, and their optimizer."""
         self._pattern = pattern
+        mean = _mean_size(targets) if self.init == "magnitude" else None
         for target in targets:
             device = target.local.device
             dtype = torch.float64 if target.local.dtype == torch.float64 else torch.float32
             old = self._scores.get(target.name)
             if old is None:
-                self._scores[target.name] = self._start(target, dtype).requires_grad_()
+                self._scores[target.name] = self._start(target, dtype, mean).requires_grad_()
             elif (old.dtype, old.device) != (dtype, device):
                 self._scores[target.name] = old.detach().to(device, dtype).requires_grad_()
                 self._optimizer = None  # its moments are of the old scores
         if self._optimizer is None:
             self._optimizer = self._made(list(self._scores.values()))
 
-    def _start(self, target: Target, dtype: torch.dtype) -> Tensor:
+    def _start(self, target: Target, dtype: torch.dtype, mean: Tensor | None) -> Tensor:
         start, size = target.local.to(dtype, copy=True).abs_(), self._pattern.unit_size(target)
-        if isinstance(self.init, str):
-            mean = gather_whole(target.parameter, start).sum() / max(1, target.size)
-            start.div_(mean.clamp_min(torch.finfo(dtype).tiny))
         if size > 1:
             start = self._pattern.unit_sums(target, start) / size
-        return start if isinstance(self.init, str) else start.fill_(self.init)
+        if isinstance(self.init, str):
+            return start if mean is None else start.div_(mean.to(start))
+        return start.fill_(self.init)
 
     def _made(self, scores: list[Tensor]) -> torch.optim.Optimizer:
         if self.optimizer == "sgd":
@@ -118,9 +119,14 @@ class Movement:
                 group["lr"] = self.lr * factor
 
     def observe(
-        self, target: Target, gradient: Tensor, scale: float, room: Tensor | None = None
+        self,
+        target: Target,
+        gradient: Tensor,
+        scale: float,
+        room: Tensor | None = None,
+        unit: tuple[str, Pattern] | None = None,
     ) -> None:
-        """Sets the score's gradient aside.
+        """Sets a score's gradient aside.
 
         Args:
             target: The weight, with the values of its pruned entries in place.
@@ -128,50 +134,50 @@ class Movement:
             scale: What a gradient scaler has multiplied it with.
             room: A tensor of the weight's local shape that may be overwritten until `commit` or
                 `discard`, to save memory.
+            unit: Where the weight is a part of units that another one leads: that one's name, and
+                how its own entries belong to the units.
         """
-        score = self._scores[target.name]
-        weight = target.local
+        name, pattern = unit or (target.name, self._pattern)
+        score, weight = self._scores[name], target.local
         if room is not None and room.dtype == gradient.dtype == weight.dtype == score.dtype:
             product = torch.mul(gradient, weight, out=room)
         else:
             product = gradient.to(score.dtype) * weight
         if score.shape != product.shape:
-            product = self._pattern.unit_sums(target, product)
+            product = pattern.unit_sums(target, product)
         if scale != 1:
             product.div_(scale)
-        score.grad = product
+        self._seen.setdefault(name, {})[target.name] = product
 
     def commit(self, targets: Sequence[Target], ramp: float = 1.0) -> None:
         """Makes a step with what was set aside for these weights.
 
         Args:
-            targets: Those whose optimizer has made a step.
+            targets: Those whose optimizer has made a step; the names of others are passed over.
             ramp: Share of the penalty that is in force, in [0, 1].
         """
         if self._optimizer is None:
             return
         pressure = self.penalty * ramp / max(1, len(self._scores))
-        mine = {id(self._scores[t.name]) for t in targets}
-        others = [(s, s.grad) for s in self._scores.values() if id(s) not in mine]
-        for score, _ in others:
-            score.grad = None
-        if pressure:
-            for target in targets:
-                score = self._scores[target.name]
-                if score.grad is not None:
-                    kept = score.detach().sigmoid()
-                    slope = kept.mul_(1 - kept)
-                    score.grad.add_(slope, alpha=pressure / max(1, score.numel()))
+        for target in targets:
+            parts = list(self._seen.pop(target.name, {}).values())
+            if not parts:
+                continue
+            score = self._scores[target.name]
+            score.grad = parts[0]
+            for part in parts[1:]:
+                score.grad.add_(part)
+            if pressure:
+                kept = score.detach().sigmoid()
+                slope = kept.mul_(1 - kept)
+                score.grad.add_(slope, alpha=pressure / max(1, score.numel()))
         self._optimizer.step()
         for score in self._scores.values():
             score.grad = None
-        for score, gradient in others:
-            score.grad = gradient
 
     def discard(self) -> None:
         """Forgets the gradients that were set aside."""
-        for score in self._scores.values():
-            score.grad = None
+        self._seen.clear()
 
     def end(self) -> None:
         """Frees the optimizer; scores stay readable."""
@@ -222,3 +228,10 @@ class Movement:
                 for key, value in saved.items()
                 if key != "score"
             }
+
+
+def _mean_size(targets: Sequence[Target]) -> Tensor | None:
+    """The mean of ``|w|`` over all weights and ranks; None where all are zero, or none is there."""
+    sums = [gather_whole(t.parameter, t.local).double().abs().sum().cpu() for t in targets]
+    mean = torch.stack(sums).sum() / max(1, sum(t.size for t in targets)) if sums else None
+    return mean if mean else None

@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_prune.distributed import shards_of
 from lightning_prune.errors import refusal
+from lightning_prune.followers import Members
 from lightning_prune.policy import Policy
 from lightning_prune.reports.wording import (
     ExcludedGroup,
@@ -66,6 +67,10 @@ class Planned(Protocol):
 
     def selection(self, model: nn.Module) -> Selection:
         """Which weights it prunes."""
+        ...
+
+    def members(self, model: nn.Module) -> Members:
+        """These weights, and what loses rows or columns with them."""
         ...
 
     def timeline(self, selection: Selection, total_steps: int | None) -> Timeline:
@@ -233,12 +238,13 @@ class Plan:
 
 def _pruned(targets: Sequence[Target], policy: Policy, sparsity: float) -> tuple[int, bool]:
     """The fewest weights that meet the budget, and whether every choice prunes just so many."""
-    # (cost of a weight, weights of a unit, weights that the pattern lets go)
+    # (cost of a weight, weights of a unit, weights that the pattern lets go), with what follows
     kinds = []
     for target in targets:
-        unit = policy.pattern.unit_size(target)
-        kinds.append((policy.costs.get(target.name, 1), unit, policy.pattern.cap(target) * unit))
-    total = sum(t.size * cost for t, (cost, _, _) in zip(targets, kinds, strict=True))
+        unit = policy.pattern.unit_size(target) * (1 + policy.extra.get(target.name, 0))
+        cost = policy.costs.get(target.name, 1)
+        kinds.append((cost, unit, policy.pattern.cap(target) * unit))
+    total = sum(t.size * policy.cost(t) for t in targets)
     if len({(cost, unit) for cost, unit, _ in kinds}) == 1:
         cost, unit, _ = kinds[0]
         if cost * unit == 1:
@@ -295,19 +301,17 @@ def plan(model: nn.Module, callback: Planned, total_steps: int | None) -> Plan:
             allowed="an integer >= 1, or None when it is unknown",
             fix="give max_steps, or batches per epoch times epochs over accumulate_grad_batches",
         )
-    selection = callback.selection(model)
-    shards = shards_of((t.name, t.parameter) for t in selection.targets)
-    costed = _costed(callback.policy, callback.settings.budget, selection.targets)
-    policy = callback.policy if costed is None else costed
-    if costed is None:
-        policy.check_patterns(selection.targets)
-    else:
-        policy.check(selection.targets, callback.sparsity, shards)
+    selection, members = callback.selection(model), callback.members(model)
+    ranked, led = members.ranked, members.led(callback.policy)
+    shards = shards_of((t.name, t.parameter) for t in members.everything)
+    costed = _costed(led, callback.settings.budget, ranked)
+    policy = led if costed is None else costed
+    policy.check(ranked, None if costed is None else callback.sparsity, shards)
     timeline = callback.timeline(selection, total_steps)
     if costed is None:
         pruned, exact = 0, timeline.final == 0
     else:
-        pruned, exact = _pruned(selection.targets, costed, timeline.final)
+        pruned, exact = _pruned(ranked, costed, timeline.final)
     parameters = list(model.parameters())
     total = sum(p.numel() for p in parameters)
     return Plan(

@@ -128,8 +128,9 @@ def reference(
     net[0], net[2] = Masked(net[0], block), Masked(net[2], block)
     layers = [net[0], net[2]]
     scores = [layer.scores for layer in layers]
+    mean = torch.cat([layer.weight.detach().abs().flatten() for layer in layers]).mean()
     for layer in layers if from_magnitude else []:
-        size = layer.weight.detach().abs() / layer.weight.detach().abs().mean()
+        size = layer.weight.detach().abs() / mean
         (rows, columns), (a, b) = layer.scores.shape, block
         layer.scores.data = size.reshape(rows, a, columns, b).mean((1, 3))
     rest = [p for n, p in net.named_parameters() if not n.endswith("scores")]

@@ -27,7 +27,7 @@ ROOMS = [
         "patterns",
         "targets",
     ],
-    ["masks", "observers", "policy", "usage"],
+    ["masks", "observers", "policy", "usage", "followers"],
     ["apply", "gates", "anatomy"],
     ["remembered", "removal", "lora", "reports"],
     ["export", "distillation", "tasks"],

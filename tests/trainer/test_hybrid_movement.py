@@ -1,0 +1,266 @@
+"""Movement with one score a feed-forward neuron, blocks elsewhere, and biases masked with rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_prune import plan
+from lightning_prune.callbacks import MovementPruning
+from tests.oracle_movement import Straight
+from tests.refusals import refused
+
+WIDTH, NEURONS, STEPS, LAST, BATCH = 8, 12, 10, 8, 8
+SPARSITY = 0.5
+
+
+class Block(nn.Module):
+    """An attention-like projection and a feed-forward block, with BERT's names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Linear(WIDTH, WIDTH)
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(WIDTH, NEURONS)})
+        self.output = nn.ModuleDict({"dense": nn.Linear(NEURONS, WIDTH)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.query(x).tanh()
+        return x + self.output["dense"](self.intermediate["dense"](x).tanh())
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(Block(), nn.Linear(WIDTH, 4))
+    for name, parameter in net.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.5)
+    return net
+
+
+def data() -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(2)
+    x = torch.randn(STEPS * BATCH, WIDTH, generator=draw)
+    return x, torch.randint(0, 4, (STEPS * BATCH,), generator=draw)
+
+
+class Module(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.02, weight_decay=0.1)
+
+
+def pruner(**settings: Any) -> MovementPruning:
+    return MovementPruning(
+        **{
+            "sparsity": SPARSITY,
+            "start": 3,
+            "end": LAST,
+            "every": 1,
+            "exclude": "net.1",
+            "units": "ffn",
+            "pattern": "block:4x4",
+            "mask_bias": True,
+        }
+        | settings
+    )
+
+
+def train(callback: MovementPruning, *more: L.Callback, **fit: Any) -> Module:
+    module = Module()
+    trainer = L.Trainer(
+        max_epochs=1,
+        callbacks=[callback, *more],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **fit,
+    )
+    trainer.fit(module, DataLoader(TensorDataset(*data()), batch_size=BATCH))
+    return module
+
+
+class Trace(L.Callback):
+    def __init__(self, callback: MovementPruning) -> None:
+        self.callback, self.masks, self.scores = callback, [], []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.masks.append({n: m.clone() for n, m in self.callback.masks.items()})
+        self.scores.append({n: s.clone() for n, s in self.callback.scores.items()})
+
+
+class Reference(nn.Module):
+    """The block with masks in the graph: one score to a 4 x 4 block of ``query``, and a neuron."""
+
+    def __init__(self, net: nn.Sequential) -> None:
+        super().__init__()
+        block = net[0]
+        self.weights = nn.ParameterDict(
+            {
+                "q": block.query.weight,
+                "qb": block.query.bias,
+                "w": block.intermediate["dense"].weight,
+                "wb": block.intermediate["dense"].bias,
+                "o": block.output["dense"].weight,
+                "ob": block.output["dense"].bias,
+            }
+        )
+        self.head = net[1]
+        self.blocks = nn.Parameter(torch.zeros(2, 2))
+        self.neurons = nn.Parameter(torch.zeros(NEURONS))
+        self.kept_blocks, self.kept_neurons = torch.ones(2, 2), torch.ones(NEURONS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weights
+        spread = [
+            t.repeat_interleave(4, 0).repeat_interleave(4, 1)
+            for t in (self.blocks, self.kept_blocks)
+        ]
+        query = Straight.apply(w["q"], *spread)
+        rows = self.kept_blocks.amax(1).repeat_interleave(4)
+        x = x + nn.functional.linear(x, query, w["qb"] * rows).tanh()
+        score, kept = self.neurons, self.kept_neurons
+        into = Straight.apply(
+            w["w"], score[:, None].expand(-1, WIDTH), kept[:, None].expand(-1, WIDTH)
+        )
+        out = Straight.apply(w["o"], score.expand(WIDTH, -1), kept.expand(WIDTH, -1))
+        hidden = nn.functional.linear(x, into, w["wb"] * kept).tanh()
+        return self.head(x + nn.functional.linear(hidden, out, w["ob"]))
+
+    def prune(self, budget: int) -> None:
+        """The lowest scores go until so many weights are gone."""
+        units = [(float(s), 0, i, 16) for i, s in enumerate(self.blocks.detach().flatten())]
+        units += [(float(s), 1, i, 2 * WIDTH) for i, s in enumerate(self.neurons.detach())]
+        self.kept_blocks.fill_(1)
+        self.kept_neurons.fill_(1)
+        for _, kind, i, cost in sorted(units):
+            if budget <= 0:
+                break
+            (self.kept_blocks.view(-1) if kind == 0 else self.kept_neurons)[i] = 0
+            budget -= cost
+
+
+def reference() -> tuple[Reference, list[Any]]:
+    model = Reference(network())
+    scores = [model.blocks, model.neurons]
+    rest = [p for n, p in model.named_parameters() if n not in ("blocks", "neurons")]
+    order = torch.optim.AdamW(rest, lr=0.02, weight_decay=0.1)
+    learn = torch.optim.Adam(scores, lr=1e-2)
+    total = WIDTH * WIDTH + 2 * WIDTH * NEURONS
+    x, y = data()
+    seen = []
+    for step in range(1, STEPS + 1):
+        part = slice((step - 1) * BATCH, step * BATCH)
+        order.zero_grad()
+        learn.zero_grad()
+        nn.functional.cross_entropy(model(x[part]), y[part]).backward()
+        order.step()
+        if step <= LAST:
+            learn.step()
+        if 3 <= step <= LAST:
+            progress = (step - 3) / (LAST - 3)
+            model.prune(round(SPARSITY * (1 - (1 - progress) ** 3) * total))
+        seen.append(
+            (model.kept_blocks.clone(), model.kept_neurons.clone(), model.neurons.detach().clone())
+        )
+    return model, seen
+
+
+LEAD = "net.0.intermediate.dense.weight"
+
+
+def test_every_step_is_that_of_shared_scores_in_the_graph():
+    callback = pruner()
+    trace = Trace(callback)
+    module = train(callback, trace)
+    model, expected = reference()
+    returned, before = 0, None
+    for masks, scores, (blocks, neurons, learned) in zip(
+        trace.masks, trace.scores, expected, strict=True
+    ):
+        kept = neurons.bool()
+        spread = blocks.bool().repeat_interleave(4, 0).repeat_interleave(4, 1)
+        assert torch.equal(masks["net.0.query.weight"], spread)
+        assert torch.equal(masks["net.0.query.bias"], spread.any(1))
+        assert torch.equal(masks[LEAD], kept[:, None].expand(-1, WIDTH))
+        assert torch.equal(masks["net.0.intermediate.dense.bias"], kept)
+        assert torch.equal(masks["net.0.output.dense.weight"], kept.expand(WIDTH, -1))
+        assert "net.0.output.dense.bias" not in masks
+        torch.testing.assert_close(scores[LEAD], learned, rtol=1e-5, atol=1e-6)
+        returned += 0 if before is None else int((kept & ~before).sum())
+        before = kept
+    assert not before.all()
+    assert returned > 0, "no neuron came back: nothing shows that pruned units learn"
+    x = data()[0]
+    torch.testing.assert_close(module.net(x), model(x), rtol=1e-5, atol=1e-5)
+    net = module.net[0]
+    assert (net.intermediate["dense"].bias[~before] == 0).all()
+    assert (net.output["dense"].weight[:, ~before] == 0).all()
+
+
+def test_a_neuron_that_is_gone_can_be_taken_out():
+    module = train(pruner(mask_bias=False))
+    into, out = module.net[0].intermediate["dense"], module.net[0].output["dense"]
+    kept = into.weight.any(1)
+    assert 0 < int(kept.sum()) < NEURONS
+    x = torch.randn(5, WIDTH)
+    whole = out(into(x).tanh())
+    small = nn.functional.linear(x, into.weight[kept], into.bias[kept]).tanh()
+    small = nn.functional.linear(small, out.weight[:, kept], out.bias)
+    torch.testing.assert_close(whole, small)
+
+
+def test_the_budget_counts_all_that_goes():
+    callback = pruner(sparsity=0.5, pattern="unstructured", mask_bias=False)
+    module = train(callback)
+    weights = [
+        module.net[0].query,
+        module.net[0].intermediate["dense"],
+        module.net[0].output["dense"],
+    ]
+    zeros = sum(int((m.weight == 0).sum()) for m in weights)
+    total = sum(m.weight.numel() for m in weights)
+    assert 0.5 * total <= zeros < 0.5 * total + 2 * WIDTH
+    assert module.trainer.callback_metrics["sparsity/actual"] == pytest.approx(zeros / total)
+    told = plan(Module(), callback, total_steps=STEPS)
+    assert told.parameters_selected == total
+    assert told.nonzero_at_end >= sum(p.numel() for p in module.parameters()) - zeros
+
+
+def test_frozen_networks_learn_neurons_too():
+    module = train(pruner(freeze_weights=True))
+    start = network()
+    for name, parameter in module.net[0].named_parameters():
+        old = start[0].get_parameter(name)
+        assert torch.equal(parameter, torch.where(parameter == 0, parameter, old)), name
+    assert (module.net[0].output["dense"].weight == 0).any()
+
+
+@pytest.mark.parametrize("exclude", ["*output*", "*intermediate*"])
+def test_half_a_neuron_is_refused(exclude):
+    with refused(
+        where="units=['ffn']", got="not selected", allowed="all weights", fix="all or none"
+    ):
+        train(pruner(exclude=["net.1", exclude]))
+
+
+def test_a_network_without_neurons_is_refused():
+    with refused(where="units", got="net.0.query", allowed="Llama", fix="pattern='row'"):
+        train(pruner(exclude=["net.1", "*output*", "*intermediate*"]))
+
+
+def test_units_of_another_kind_are_refused():
+    with refused(where="units", got="heads", allowed="'ffn'", fix="pattern"):
+        pruner(units="heads")
