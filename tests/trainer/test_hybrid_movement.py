@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_prune import plan
+from lightning_prune import PruneError, plan
 from lightning_prune.callbacks import MovementPruning
 from tests.oracle_movement import Straight
 from tests.refusals import refused
@@ -76,11 +77,12 @@ def pruner(**settings: Any) -> MovementPruning:
     )
 
 
-def train(callback: MovementPruning, *more: L.Callback, **fit: Any) -> Module:
-    module = Module()
+def train(callback: MovementPruning, *more: L.Callback, epochs: int = 1, **fit: Any) -> Module:
+    """STEPS steps, in so many epochs over a part of the data each."""
+    module, resume = Module(), fit.pop("ckpt_path", None)
     trainer = L.Trainer(
-        max_epochs=1,
-        callbacks=[callback, *more],
+        max_epochs=epochs,
+        callbacks=[*fit.pop("before", []), callback, *more],
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
@@ -88,7 +90,8 @@ def train(callback: MovementPruning, *more: L.Callback, **fit: Any) -> Module:
         enable_model_summary=False,
         **fit,
     )
-    trainer.fit(module, DataLoader(TensorDataset(*data()), batch_size=BATCH))
+    part = TensorDataset(*(x[: len(x) // epochs] for x in data()))
+    trainer.fit(module, DataLoader(part, batch_size=BATCH), ckpt_path=resume)
     return module
 
 
@@ -237,6 +240,38 @@ def test_the_budget_counts_all_that_goes():
     told = plan(Module(), callback, total_steps=STEPS)
     assert told.parameters_selected == total
     assert told.nonzero_at_end >= sum(p.numel() for p in module.parameters()) - zeros
+
+
+class Save(L.Callback):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        trainer.save_checkpoint(self.path / f"{trainer.global_step}.ckpt")
+
+
+def test_a_resumed_run_is_the_same(tmp_path):
+    callback = pruner()
+    whole = train(callback, Save(tmp_path), epochs=2)
+    again = pruner()
+    resumed = train(again, epochs=2, ckpt_path=tmp_path / "5.ckpt")
+    assert sum(int((~m).sum()) for m in callback.masks.values()) > 0
+    for name, mask in callback.masks.items():
+        assert torch.equal(mask, again.masks[name]), name
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    for other in ({"mask_bias": False}, {"units": None}):
+        with pytest.raises(PruneError):
+            train(pruner(**other), epochs=2, ckpt_path=tmp_path / "5.ckpt")
+
+
+def test_averages_keep_the_zeros():
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    callback = pruner()
+    module = train(callback, before=[EMAWeightAveraging(decay=0.5)])
+    for name, mask in callback.masks.items():
+        assert (module.get_parameter(name)[~mask] == 0).all(), name
 
 
 def test_frozen_networks_learn_neurons_too():
