@@ -54,6 +54,10 @@ class Led:
     names: frozenset[str]
     rest: Pattern
 
+    def __repr__(self) -> str:
+        """Short, and the same in every process."""
+        return f"units led by {len(self.names)} weights, {self.rest!r} elsewhere"
+
     def of(self, target: Target) -> Pattern:
         """The pattern of one weight."""
         return Row() if target.name in self.names else self.rest
