@@ -33,24 +33,24 @@ STORE = RESULTS / "movement_quality.jsonl"
 KEPT = (0.30, 0.15, 0.10, 0.05, 0.03)
 ARMS = {
     "magnitude": "GradualMagnitudePruning",
-    "movement": 'MovementPruning, topk, score_init="magnitude"',
-    "movement from 0": "the same, all scores start at 0, as in the paper",
+    "movement": "MovementPruning: topk, scores start at magnitudes, rate 0.003 falling to 0",
+    "movement from 0": "scores start at 0, rate 0.01, constant",
     "movement + KD": '"movement" with 0.5 labels + 0.5 KL at T=2',
-    "SMP-L": 'weights frozen, uniform, score_init="magnitude"',
+    "SMP-L": '"movement" with weights frozen, rate 0.02, uniform',
     "SMP-S": "the same, shares by score",
 }
+LEARN = {"score_init": "magnitude", "score_lr": 3e-3, "score_schedule": "linear"}
+FROM_0 = {"score_init": 0.0, "score_lr": 1e-2, "score_schedule": "constant"}
 
 
 def pruner(arm: str, kept: float) -> L.Callback:
     common: dict[str, Any] = {"every": EVERY, "targets": minilm.ENCODER}
     if arm == "magnitude":
         return GradualMagnitudePruning(1 - kept, **common)
-    common["score_init"] = 0.0 if arm == "movement from 0" else "magnitude"
+    common |= FROM_0 if arm == "movement from 0" else LEARN
     if arm.startswith("SMP"):
         shares = {"SMP-L": "uniform", "SMP-S": "score_shares"}[arm]
-        return MovementPruning(
-            1 - kept, freeze_weights=True, allocation=shares, score_lr=2e-2, **common
-        )
+        common |= {"freeze_weights": True, "allocation": shares, "score_lr": 2e-2}
     return MovementPruning(1 - kept, **common)
 
 
