@@ -161,14 +161,15 @@ class MaskCallback(L.Callback):
         costs = known_costs(
             self.settings.budget, self.policy.costs, trainer, pl_module, members.selected
         )
-        self.policy = members.led(self.policy).with_costs(costs or {})
+        self.policy = members.led(self.policy.with_costs(costs or {}))
         self.policy.check(members.ranked, None if costs is None else self.sparsity, shards)
         old = self._masks if self._masks and self._timeline is not None else {}
         fresh = {t.name: torch.ones_like(t.local, dtype=torch.bool) for t in targets}
         self._masks = MaskSet({n: old[n].to(m.device) if old else m for n, m in fresh.items()})
         self._members, self._shards = members, shards
         self._suffix = f"/{pruners.index(self)}" if len(pruners) > 1 else ""
-        self._counter.attach(trainer.optimizers, targets, self._after_step)
+        counted = members.selected
+        self._counter.attach(trainer.optimizers, targets, self._after_step, counted)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restores a resumed state, and lays the schedule onto the run, whose length is known."""
@@ -221,7 +222,8 @@ class MaskCallback(L.Callback):
     def _stop_counting(self, pl_module: L.LightningModule) -> None:
         if self._uses is not None:
             self._uses.close()
-            self.policy = self.policy.with_costs(shared_costs(self._uses, pl_module.device))
+            costs = shared_costs(self._uses, pl_module.device)
+            self.policy = self._members.led(self.policy.with_costs(costs))
             self._uses = None
             self.policy.check(self._members.ranked, self.sparsity, self._shards)
 

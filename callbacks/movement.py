@@ -58,10 +58,10 @@ class MovementPruning(ObservingCallback):
         min_density: The least density of any one tensor, in [0, 1].
         score_lr: The scores' learning rate, > 0.
         score_optimizer: "adam" or "sgd"; without weight decay.
-        score_schedule: "constant", "linear" (down to 0 at the last update), or a function from
+        score_schedule: "linear" (down to 0 at the last update), "constant", or a function from
             the share of the way to the last update, in [0, 1], to a factor.
-        score_init: Where scores start: a number, or "magnitude", the size of each weight beside
-            the mean of all, which short runs need.
+        score_init: Where scores start: "magnitude", the size of each weight beside the mean of
+            all, or a number; the paper's is 0, which needs a long run.
         penalty: Weight of the l1 regulariser on ``sigmoid(score)`` in mode "soft", >= 0; None is
             400. Its ramp from 0 follows the schedule's shape.
         units: "ffn" makes each feed-forward neuron one unit with one score: its rows on the way
@@ -103,10 +103,10 @@ class MovementPruning(ObservingCallback):
         pattern: str | Pattern = "unstructured",
         allocation: str | dict[str, float] | Allocation = "global",
         min_density: float = 0.0,
-        score_lr: float = 1e-2,
+        score_lr: float = 3e-3,
         score_optimizer: Literal["adam", "sgd"] = "adam",
-        score_schedule: str | Callable[[float], float] = "constant",
-        score_init: float | Literal["magnitude"] = 0.0,
+        score_schedule: str | Callable[[float], float] = "linear",
+        score_init: float | Literal["magnitude"] = "magnitude",
         penalty: float | None = None,
         units: Literal["ffn"] | None = None,
         mask_bias: bool = False,
@@ -161,6 +161,14 @@ class MovementPruning(ObservingCallback):
                 got=units,
                 allowed="'ffn', or None",
                 fix="leave it out, and choose a pattern",
+            )
+        if units and settings.pattern.final_sparsity() is not None:
+            raise refusal(
+                "Neurons have no N:M pattern, so the two cannot share one budget",
+                where=f"{name}(units=..., pattern=...)",
+                got=f"units={units!r} with {settings.pattern!r}",
+                allowed="'unstructured', blocks, rows or columns beside units",
+                fix="write two callbacks with targets of their own",
             )
         self.mode, self.freeze_weights = mode, freeze_weights
         self.units, self.mask_bias = units, mask_bias
@@ -240,6 +248,17 @@ class MovementPruning(ObservingCallback):
                 allowed="'unstructured' or N:M with FSDP2",
                 fix="choose one of these, or train with DDP",
             )
+        owners = {t.name: self._counter.owner(t) for t in self._members.selected}
+        for follower in self._members.followers:
+            name, leader = follower.target.name, follower.leader
+            if follower.counted and owners[name] is not owners[leader]:
+                raise refusal(
+                    "A unit's weights have one score, which learns with one optimizer's steps",
+                    where=f"{self.name}(units=...), {name}",
+                    got=f"another optimizer than that of {leader}",
+                    allowed="one optimizer for all weights of a unit",
+                    fix="give both weights to the same optimizer, or leave units out",
+                )
         still = [t.name for t in self._members.selected if not t.parameter.requires_grad]
         if still:
             raise refusal(
@@ -252,6 +271,8 @@ class MovementPruning(ObservingCallback):
             )
 
     def _begin(self) -> None:
+        followers = [f for f in self._members.followers if f.counted]
+        self._scores.join([(f.leader, f.target, f.pattern) for f in followers])
         super()._begin()
         if self.sparsity > 0 and not self.finished:
             self._remembered.begin(self._targets)
@@ -261,19 +282,12 @@ class MovementPruning(ObservingCallback):
     def _observe(self, observer: Any, target: Target, gradient: Tensor, scale: float) -> None:
         masks = self._ready()
         room = self._remembered.open(target, masks[target.name])
-        self._teach(target, gradient, scale, room)
+        if target in self._scores:
+            self._scores.observe(target, gradient, scale, room)
         if not masks.full(target.name):
             mask_(gradient, masks[target.name])
         if self.freeze_weights:
             target.parameter.grad = None
-
-    def _teach(self, target: Target, gradient: Tensor, scale: float, room: Tensor) -> None:
-        follower = next((f for f in self._members.followers if f.target is target), None)
-        if follower is None:
-            self._scores.observe(target, gradient, scale, room)
-        elif follower.counted:
-            unit = (follower.leader, follower.pattern)
-            self._scores.observe(target, gradient, scale, unit=unit)
 
     def on_before_optimizer_step(
         self,
@@ -361,13 +375,16 @@ class MovementPruning(ObservingCallback):
 
     def _asked(self) -> dict[str, str]:
         """Also how scores learn."""
-        return super()._asked() | {
+        said = super()._asked() | {
             "mode": self.mode,
             "freeze_weights": str(self.freeze_weights),
-            "units": str(self.units),
-            "mask_bias": str(self.mask_bias),
             "score_schedule": as_text(self._score_schedule),
         }
+        if self.units is not None:
+            said["units"] = self.units
+        if self.mask_bias:
+            said["mask_bias"] = "True"
+        return said
 
     def _restore(self, state: dict[str, Any]) -> None:
         super()._restore(state)

@@ -35,5 +35,5 @@ def as_factor(value: str | Callable[[float], float], callback: str) -> Callable[
         where=f"{callback}(score_schedule=...)",
         got=value,
         allowed="'constant', 'linear', or a function from [0, 1] to a factor",
-        fix="leave it out for a constant rate",
+        fix="leave it out for 'linear'",
     )

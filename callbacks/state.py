@@ -114,15 +114,15 @@ def unpack_state(
 
 
 def _check_asked(state: Mapping[str, Any], owner: str, now: Mapping[str, str]) -> None:
-    for field, value in now.items():
-        if state.get("asked", now).get(field) != value:
+    before = state.get("asked", now)
+    for field in {**now, **before}:
+        if before.get(field) != now.get(field):
             raise refusal(
                 f"The checkpoint was written with another {field}",
                 where=f"{owner}({field}=...)",
-                got=f"{state['asked'].get(field)} in the checkpoint, {value} now",
+                got=f"{before.get(field)} in the checkpoint, {now.get(field)} now",
                 allowed="the same as when the run began",
-                fix=f"resume with {field}={state['asked'].get(field)}, or start a new run from the "
-                "weights with initial_sparsity='from_model'",
+                fix=f"resume with {field}={before.get(field)}, or start a new run",
             )
 
 

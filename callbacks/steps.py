@@ -26,6 +26,7 @@ class StepCounter:
         self._owned: list[tuple[Target, ...]] = []
         self._handles: list[RemovableHandle] = []
         self._targets: tuple[Target, ...] = ()
+        self._counted: set[str] = set()
         self._sizes: list[int] = []
 
     def attach(
@@ -33,18 +34,21 @@ class StepCounter:
         optimizers: Sequence[torch.optim.Optimizer],
         targets: Sequence[Target],
         after_step: Callable[[tuple[Target, ...]], None],
+        counted: Sequence[Target] | None = None,
     ) -> None:
         """Hooks onto the optimizers; goes on from the step reached before.
 
         Args:
             optimizers: The Trainer's optimizers.
-            targets: The selected weights.
-            after_step: Called with the weights that an optimizer owns after each of its steps.
+            targets: All that has a mask.
+            after_step: Called with those that an optimizer owns after each of its steps.
+            counted: Those whose owners' steps count; None = all.
         """
         self.detach()
         reached = self.step
         self._optimizers = list(optimizers)
         self._targets = tuple(targets)
+        self._counted = {t.name for t in (targets if counted is None else counted)}
         self._sizes = [_size(o) for o in self._optimizers]
         self._owned = [_held(o, targets) for o in self._optimizers]
         self.counts = [reached] * len(self._optimizers)
@@ -71,7 +75,8 @@ class StepCounter:
     @property
     def step(self) -> int:
         """Steps of the slowest optimizer that owns a selected weight; of all if none does."""
-        owners = [n for n, owned in zip(self.counts, self._owned, strict=True) if owned]
+        pairs = zip(self.counts, self._owned, strict=True)
+        owners = [n for n, owned in pairs if any(t.name in self._counted for t in owned)]
         return min(owners or self.counts, default=0)
 
     def start_at(self, counts: int | Sequence[int]) -> None:

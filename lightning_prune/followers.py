@@ -107,6 +107,22 @@ class Members:
     selected: tuple[Target, ...]
     followers: tuple[Follower, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Refuses a parameter that would get two masks."""
+        taken = {id(t.parameter): t.name for t in self.selected}
+        led: dict[int, str] = {}
+        for follower in self.followers:
+            target, key = follower.target, id(follower.target.parameter)
+            if key in led or follower.counted != (key in taken):
+                raise refusal(
+                    "A parameter would follow one weight's rows and have another mask, too",
+                    where=target.name,
+                    got=f"it goes with {led.get(key, 'itself')} and with {follower.leader}",
+                    allowed="biases that are not selected, and belong to one weight",
+                    fix=f"exclude {target.name}, or leave units and mask_bias out",
+                )
+            led[key] = follower.leader
+
     @property
     def ranked(self) -> tuple[Target, ...]:
         """The weights that follow no other."""
@@ -122,8 +138,10 @@ class Members:
         """The policy for the ranked weights: whole rows where counted ones follow.
 
         Raises:
-            PruneError: If what follows is split over ranks, or weighs no multiple of its leader.
+            PruneError: If what follows is split over ranks, weighs no multiple of its leader, or
+                costs something else.
         """
+        costs = policy.costs
         rest = policy.pattern.rest if isinstance(policy.pattern, Led) else policy.pattern
         extra: dict[str, int] = {}
         for target in self.ranked:
@@ -136,6 +154,16 @@ class Members:
                     got="a weight that is split over ranks (FSDP2)",
                     allowed="weights that every rank holds whole",
                     fix="leave units and mask_bias out, or train with DDP",
+                )
+            cost = costs.get(target.name, 1)
+            other = [f.target for f in mine if f.counted and costs.get(f.target.name, 1) != cost]
+            if other:
+                raise refusal(
+                    "The weights of a unit must cost the same",
+                    where=other[0].name,
+                    got=f"{costs.get(other[0].name, 1)} a weight, and {cost} in {target.name}",
+                    allowed="one dtype, and as many uses, in all weights of a unit",
+                    fix="write budget='parameters', or leave units out",
                 )
             if weights % max(1, target.size):
                 raise refusal(
@@ -154,7 +182,10 @@ class Members:
 def biases_of(target: Target, leader: str | None = None) -> list[Follower]:
     """The bias beside a weight, as a follower of the weight's rows or of another leader's."""
     bias = getattr(target.module, "bias", None)
-    if not isinstance(bias, nn.Parameter) or bias.shape != target.canonical_shape[1:2]:
+    rows = target.layout in ("linear", "transposed", "conv")
+    if not rows or not isinstance(bias, nn.Parameter) or bias is target.parameter:
+        return []
+    if bias.shape != target.canonical_shape[1:2]:
         return []
     name = target.name.rpartition(".")[0] + ".bias"
     follower = replace(target, name=name, parameter=bias, layout="vector", aliases=())

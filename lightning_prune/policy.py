@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -152,15 +152,17 @@ class Policy:
                 given = given - (~masks[targets[i].name]).to(given.dtype)
             return given if by_unit[i] else pattern.unit_scores(targets[i], given)
 
-        straight = getattr(criterion, "order_keys", None) if alone else None
-        flat = [t.local.reshape(-1) for t in targets] if straight else []
+        straight = _straight(criterion) if alone else None
+        flat: dict[int, Tensor] = {}  # the tensor in hand, a copy where it is not contiguous
 
         def keys(i: int, where: slice, out: Tensor | None = None) -> Tensor:
             if straight is None:
                 return order_keys(scores(i))[where]
+            if i not in flat:
+                flat.clear()
+                flat[i] = targets[i].local.reshape(-1)
             part = flat[i][where].contiguous()
-            keyed: Tensor = straight(part.double() if wide else part.float(), out)
-            return keyed
+            return straight(part.double() if wide else part.float(), out)
 
         def pruned(i: int) -> Tensor:
             return ~pattern.unit_mask(targets[i], masks[targets[i].name])
@@ -233,6 +235,17 @@ class Policy:
                     fix="look for the step whose gradients left the finite range: clipping may "
                     "hide it from the weights, and not from scores",
                 )
+
+
+def _straight(criterion: Criterion) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+    """The criterion's own order keys, unless a subclass has changed its scores since."""
+    for kind in type(criterion).__mro__:
+        if "order_keys" in vars(kind):
+            found: Callable[[Tensor, Tensor | None], Tensor] = criterion.order_keys  # type: ignore[attr-defined]
+            return found
+        if "score" in vars(kind):
+            return None
+    return None
 
 
 def _on_cpu(targets: Sequence[Target]) -> bool:

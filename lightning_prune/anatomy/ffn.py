@@ -55,7 +55,8 @@ def find_ffn(model: nn.Module, targets: Sequence[Target]) -> list[FFN]:
         PruneError: If a block is selected in part, or its neurons lie in one fused matrix.
     """
     known = {t.name: t for t in targets}
-    there = {canonical_name(name) for name, _ in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    there = {canonical_name(name) for name, _ in every}
     found: list[FFN] = []
     for target in targets:
         if any(part in target.name.split(".") for part in _FUSED):
@@ -77,7 +78,9 @@ def find_ffn(model: nn.Module, targets: Sequence[Target]) -> list[FFN]:
                 if missing := [n for n in names if n not in known]:
                     raise _in_part(target.name, missing)
                 block = FFN(inputs=tuple(names[:-1]), output=names[-1])
-                if block not in found and _fits([known[n] for n in names]):
+                if not _fits([known[n] for n in names]):
+                    raise _misfit([known[n] for n in names])
+                if block not in found:
                     found.append(block)
     return found
 
@@ -98,10 +101,20 @@ def _fits(parts: Sequence[Target]) -> bool:
 def _in_part(name: str, missing: Sequence[str]) -> PruneError:
     return refusal(
         "A neuron's weights are pruned together or not at all",
-        where=f"units=['ffn'], {name}",
+        where=f"units='ffn', {name}",
         got=f"{', '.join(missing)} is not selected",
         allowed="all weights that lead into and out of a neuron",
         fix="change targets and exclude so that all or none of them is selected",
+    )
+
+
+def _misfit(parts: Sequence[Target]) -> PruneError:
+    return refusal(
+        "A block has the names of a feed-forward block, and other shapes",
+        where=f"units='ffn', {parts[0].name}",
+        got=", ".join(f"{t.name} {'x'.join(map(str, t.shape))}" for t in parts),
+        allowed="as many outputs on every way in as inputs on the way out",
+        fix="exclude these weights, or leave units out",
     )
 
 
@@ -132,7 +145,7 @@ def ffn_followers(model: nn.Module, targets: Sequence[Target]) -> tuple[Follower
     if not followers:
         raise refusal(
             "No feed-forward block is recognised",
-            where=f"units=['ffn'], {type(model).__name__}",
+            where=f"units='ffn', {type(model).__name__}",
             got=", ".join(t.name for t in list(targets)[:4]),
             allowed="weights named as in BERT, RoBERTa, ViT, DistilBERT, GPT-2, OPT, GPT-NeoX, T5, "
             "Llama and its relatives, or torch.nn.TransformerEncoderLayer",

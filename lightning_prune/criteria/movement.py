@@ -48,6 +48,9 @@ class Movement:
     penalty: float = 0.0
     _pattern: Pattern = field(default_factory=Unstructured, repr=False, init=False)
     _scores: dict[str, Tensor] = field(default_factory=dict, repr=False, init=False)
+    _parts: dict[str, tuple[str, Target, Pattern]] = field(
+        default_factory=dict, repr=False, init=False
+    )
     _seen: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False, init=False)
     _optimizer: torch.optim.Optimizer | None = field(default=None, repr=False, init=False)
 
@@ -83,10 +86,24 @@ class Movement:
         """The scores by parameter name: of the weight's local shape, or (U,) for units."""
         return {name: score.detach() for name, score in self._scores.items()}
 
+    def join(self, parts: Sequence[tuple[str, Target, Pattern]]) -> None:
+        """Says, before `begin`, what else belongs to the units of weights that have scores.
+
+        Args:
+            parts: The name of the weight that has the scores, another weight, and how that one's
+                entries lie in the units.
+        """
+        self._parts = {part.name: (leader, part, shape) for leader, part, shape in parts}
+
+    def __contains__(self, target: Target) -> bool:
+        """Whether a weight has scores, or belongs to units that do."""
+        return target.name in self._scores or target.name in self._parts
+
     def begin(self, targets: Sequence[Target], pattern: Pattern) -> None:
         """Makes one score a unit, and their optimizer."""
         self._pattern = pattern
-        mean = _mean_size(targets) if self.init == "magnitude" else None
+        everything = [*targets, *(part for _, part, _ in self._parts.values())]
+        mean = _mean_size(everything) if self.init == "magnitude" else None
         for target in targets:
             device = target.local.device
             dtype = torch.float64 if target.local.dtype == torch.float64 else torch.float32
@@ -100,12 +117,24 @@ class Movement:
             self._optimizer = self._made(list(self._scores.values()))
 
     def _start(self, target: Target, dtype: torch.dtype, mean: Tensor | None) -> Tensor:
-        start, size = target.local.to(dtype, copy=True).abs_(), self._pattern.unit_size(target)
-        if size > 1:
-            start = self._pattern.unit_sums(target, start) / size
-        if isinstance(self.init, str):
-            return start if mean is None else start.div_(mean.to(start))
-        return start.fill_(self.init)
+        start = self._unit_sums(target, lambda t: t.local.to(dtype).abs())
+        if not isinstance(self.init, str):
+            return torch.full_like(start, self.init)
+        sizes = [shape.unit_size(part) for _, part, shape in self._parts_of(target)]
+        size = max(1, self._pattern.unit_size(target) + sum(sizes))
+        return start / (size if mean is None else mean.to(start) * size)
+
+    def _parts_of(self, target: Target) -> list[tuple[str, Target, Pattern]]:
+        return [part for part in self._parts.values() if part[0] == target.name]
+
+    def _unit_sums(self, target: Target, values: Callable[[Target], Tensor]) -> Tensor:
+        """What a value per weight adds up to in each unit, over all its parts."""
+        total = values(target)
+        if self._pattern.unit_size(target) > 1:
+            total = self._pattern.unit_sums(target, total)
+        for _, part, shape in self._parts_of(target):
+            total = total + shape.unit_sums(part, values(part)).view(total.shape)
+        return total
 
     def _made(self, scores: list[Tensor]) -> torch.optim.Optimizer:
         if self.optimizer == "sgd":
@@ -124,27 +153,24 @@ class Movement:
         gradient: Tensor,
         scale: float,
         room: Tensor | None = None,
-        unit: tuple[str, Pattern] | None = None,
     ) -> None:
         """Sets a score's gradient aside.
 
         Args:
-            target: The weight, with the values of its pruned entries in place.
+            target: A weight with scores or a part of its units, with pruned values in place.
             gradient: The loss's gradient in the masked weight, of the weight's local shape.
             scale: What a gradient scaler has multiplied it with.
             room: A tensor of the weight's local shape that may be overwritten until `commit` or
                 `discard`, to save memory.
-            unit: Where the weight is a part of units that another one leads: that one's name, and
-                how its own entries belong to the units.
         """
-        name, pattern = unit or (target.name, self._pattern)
+        name, _, pattern = self._parts.get(target.name, (target.name, target, self._pattern))
         score, weight = self._scores[name], target.local
         if room is not None and room.dtype == gradient.dtype == weight.dtype == score.dtype:
             product = torch.mul(gradient, weight, out=room)
         else:
             product = gradient.to(score.dtype) * weight
         if score.shape != product.shape:
-            product = pattern.unit_sums(target, product)
+            product = pattern.unit_sums(target, product).view(score.shape)
         if scale != 1:
             product.div_(scale)
         self._seen.setdefault(name, {})[target.name] = product
@@ -192,12 +218,12 @@ class Movement:
     def score(self, target: Target) -> Tensor:
         """The scores: of the weight's local shape, or (U,) where a unit is more than a weight.
 
-        Where the weights, with their pruned values in place, are exactly zero, it is -infinity.
+        Where all weights of a unit, with pruned values in place, are exactly zero, it is -infinity.
         """
-        score, weight = self._scores[target.name].detach(), target.local
-        if score.shape != weight.shape:
-            weight = self._pattern.unit_sums(target, (weight != 0).to(score.dtype))
-        return score.masked_fill(weight == 0, -math.inf)
+        score, alive = self._scores[target.name].detach(), target.local
+        if score.shape != alive.shape or self._parts_of(target):
+            alive = self._unit_sums(target, lambda t: (t.local != 0).to(score.dtype))
+        return score.masked_fill(alive == 0, -math.inf)
 
     def state_dict(self, whole: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
         """Scores and their optimizer's moments, by weight."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_prune.apply import masked
 from lightning_prune.errors import PruneError, refusal
+from lightning_prune.followers import biases_of
 from lightning_prune.masks import pack, unpack
 from lightning_prune.targets import Selection, canonical_name, select
 
@@ -29,7 +30,8 @@ def save_mask(
 ) -> Path:
     """Saves which of the selected weights are zero, one bit each; output heads and buffers in full.
 
-    All else is taken to be the base model's own, and only fingerprinted: this is the result of
+    So are the zeros of biases beside them, which may have gone with their rows. All else is taken
+    to be the base model's own, and only fingerprinted: this is the result of
     `MovementPruning(freeze_weights=True)`, where only scores and heads learn.
 
     Args:
@@ -51,14 +53,16 @@ def save_mask(
     chosen = select(model, targets, exclude, frozen=True)
     heads = _heads(model, chosen)
     entries: dict[str, Tensor] = {}
-    for target in chosen.targets:
+    biases = [f.target for t in chosen.targets for f in biases_of(t)]
+    covers = [*chosen.targets, *(b for b in biases if not bool(b.local.all()))]
+    for target in covers:
         entries[f"mask:{target.name}"] = pack(target.local.cpu() != 0)
     for name, tensor in heads.items():
         entries[f"head:{name}"] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     for name, buffer in _buffers(model).items():
         entries[f"buffer:{name}"] = buffer.detach().cpu().clone()
-    prints = {t.name: _print(masked(t.local, t.local != 0)) for t in chosen.targets}
-    covered = {id(t.parameter) for t in chosen.targets} | {id(p) for p in heads.values()}
+    prints = {t.name: _print(masked(t.local, t.local != 0)) for t in covers}
+    covered = {id(t.parameter) for t in covers} | {id(p) for p in heads.values()}
     for name, parameter in model.named_parameters():
         if id(parameter) not in covered:
             prints[canonical_name(name)] = _print(parameter.detach())

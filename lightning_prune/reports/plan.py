@@ -302,16 +302,17 @@ def plan(model: nn.Module, callback: Planned, total_steps: int | None) -> Plan:
             fix="give max_steps, or batches per epoch times epochs over accumulate_grad_batches",
         )
     selection, members = callback.selection(model), callback.members(model)
-    ranked, led = members.ranked, members.led(callback.policy)
+    ranked = members.ranked
     shards = shards_of((t.name, t.parameter) for t in members.everything)
-    costed = _costed(led, callback.settings.budget, ranked)
-    policy = led if costed is None else costed
+    costed = _costed(callback.policy, callback.settings.budget, members.selected)
+    policy = members.led(callback.policy if costed is None else costed)
     policy.check(ranked, None if costed is None else callback.sparsity, shards)
     timeline = callback.timeline(selection, total_steps)
     if costed is None:
         pruned, exact = 0, timeline.final == 0
     else:
-        pruned, exact = _pruned(ranked, costed, timeline.final)
+        pruned, exact = _pruned(ranked, policy, timeline.final)
+        exact = exact and all(f.counted for f in members.followers)  # biases go, too
     parameters = list(model.parameters())
     total = sum(p.numel() for p in parameters)
     return Plan(

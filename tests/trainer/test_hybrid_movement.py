@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_prune import PruneError, plan
+from lightning_prune import PruneError, load_mask, plan, save_mask
 from lightning_prune.callbacks import MovementPruning
 from tests.oracle_movement import Straight
 from tests.refusals import refused
@@ -72,14 +72,23 @@ def pruner(**settings: Any) -> MovementPruning:
             "units": "ffn",
             "pattern": "block:4x4",
             "mask_bias": True,
+            "score_init": 0.0,
+            "score_lr": 1e-2,
+            "score_schedule": "constant",
         }
         | settings
     )
 
 
-def train(callback: MovementPruning, *more: L.Callback, epochs: int = 1, **fit: Any) -> Module:
+def train(
+    callback: MovementPruning,
+    *more: L.Callback,
+    kind: type[Module] = Module,
+    epochs: int = 1,
+    **fit: Any,
+) -> Module:
     """STEPS steps, in so many epochs over a part of the data each."""
-    module, resume = Module(), fit.pop("ckpt_path", None)
+    module, resume = kind(), fit.pop("ckpt_path", None)
     trainer = L.Trainer(
         max_epochs=epochs,
         callbacks=[*fit.pop("before", []), callback, *more],
@@ -285,9 +294,7 @@ def test_frozen_networks_learn_neurons_too():
 
 @pytest.mark.parametrize("exclude", ["*output*", "*intermediate*"])
 def test_half_a_neuron_is_refused(exclude):
-    with refused(
-        where="units=['ffn']", got="not selected", allowed="all weights", fix="all or none"
-    ):
+    with refused(where="units='ffn'", got="not selected", allowed="all weights", fix="all or none"):
         train(pruner(exclude=["net.1", exclude]))
 
 
@@ -299,3 +306,124 @@ def test_a_network_without_neurons_is_refused():
 def test_units_of_another_kind_are_refused():
     with refused(where="units", got="heads", allowed="'ffn'", fix="pattern"):
         pruner(units="heads")
+
+
+def test_what_would_break_a_unit_is_refused():
+    with refused(where="pattern", got="NM(n=2, m=4)", allowed="blocks", fix="two callbacks"):
+        pruner(pattern="2:4")
+    both = ["*query*", "*dense*", "net.0.intermediate.dense.bias"]
+    with refused(where="intermediate.dense.bias", got="itself", allowed="biases", fix="exclude"):
+        train(pruner(exclude=None, targets=both))
+    with refused(where="output.dense", got="another optimizer", allowed="one", fix="same"):
+        train(pruner(), kind=Split)
+    with refused(where="output.dense", got="2 a weight, and 4", allowed="one dtype", fix="budget"):
+        train(pruner(budget="bytes"), kind=Halves)
+
+
+class Split(Module):
+    """One optimizer for the ways in, another one for the ways out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        out = self.net[0].output.parameters()
+        rest = [p for n, p in self.named_parameters() if ".output." not in n]
+        return [torch.optim.SGD(rest, lr=0.1), torch.optim.SGD(out, lr=0.1)]
+
+
+class Halves(Module):
+    """A way out in another dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0].output.bfloat16()
+
+
+class SlowBiases(Module):
+    """Biases have an optimizer of their own, which makes every fourth step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, index: int) -> None:
+        weights, biases = self.optimizers()
+        self.manual_backward(super().training_step(batch, index))
+        weights.step()
+        if index % 4 == 3:
+            biases.step()
+        for optimizer in (weights, biases):
+            optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        named = list(self.named_parameters())
+        weights = [p for n, p in named if not n.endswith("bias")]
+        biases = [p for n, p in named if n.endswith("bias")]
+        return [torch.optim.SGD(weights, lr=0.1), torch.optim.SGD(biases, lr=0.1)]
+
+
+def test_the_steps_of_a_bias_do_not_count():
+    callback = pruner(total_steps=STEPS)
+    module = train(callback, kind=SlowBiases)
+    assert callback.step == STEPS
+    assert callback.finished
+    for name, mask in callback.masks.items():
+        assert (module.get_parameter(name)[~mask] == 0).all(), name
+
+
+def test_a_task_mask_holds_the_biases_that_went(tmp_path):
+    module = train(pruner(freeze_weights=True, exclude=None, targets="net.0.*"))
+    assert (module.net[0].intermediate["dense"].bias == 0).any()
+    save_mask(module, tmp_path / "task.safetensors", targets="net.0.*")
+    base = Module()
+    with torch.no_grad():  # only what is no head is shared
+        base.net[1].load_state_dict(module.net[1].state_dict())
+    load_mask(base, tmp_path / "task.safetensors")
+    for name, value in module.state_dict().items():
+        assert torch.equal(base.state_dict()[name], value), name
+
+
+def test_a_unit_is_zero_only_where_all_of_it_is():
+    from lightning_prune.criteria import Movement
+    from lightning_prune.patterns import Column, Row
+    from tests.weights import targets
+
+    into, out = targets(torch.ones(4, 3), torch.ones(3, 4))
+    with torch.no_grad():
+        into.local[:2] = 0
+        out.local[:, 1:3] = 0
+    criterion = Movement(init="magnitude")
+    criterion.join([("t0", out, Column())])
+    criterion.begin([into], Row())
+    assert criterion.scores["t0"].tolist() == [0.5 * 24 / 12, 0.0, 0.5 * 24 / 12, 24 / 12]
+    assert criterion.score(into).isinf().tolist() == [False, True, False, False]
+
+
+def test_neurons_of_one_input():
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(1, 12), nn.Linear(12, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc2(self.fc1(x[:, :1]).tanh()).expand(-1, 4)
+
+    class Small(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Narrow()
+
+    callback = pruner(exclude=None, targets="net.*")
+    module = train(callback, kind=Small)
+    assert int((module.net.fc1.weight == 0).sum()) == 6
+    assert torch.equal(module.net.fc1.weight[:, 0] == 0, module.net.fc2.weight[0] == 0)
+
+
+def test_a_checkpoint_from_before_units_is_taken_up(tmp_path):
+    """What was not asked for leaves no trace in a checkpoint, so that older ones fit."""
+    callback = pruner(units=None, mask_bias=False, pattern="unstructured")
+    train(callback, Save(tmp_path), epochs=2)
+    saved = torch.load(tmp_path / "5.ckpt", weights_only=True)["callbacks"][callback.state_key]
+    assert not {"units", "mask_bias"} & set(saved["asked"])

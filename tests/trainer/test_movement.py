@@ -89,7 +89,8 @@ def ours(
 ) -> tuple[Trace, Module]:
     callback = MovementPruning(
         **{"sparsity": 0.7, "start": 3, "end": 9, "every": 1, "targets": ["net.0", "net.2"]}
-        | {"total_steps": steps}
+        | {"total_steps": steps, "score_init": 0.0, "score_lr": 1e-2}
+        | {"score_schedule": "constant"}
         | settings
     )
     trace, module = Trace(callback), Module(optimizer, overflow_at, manual)

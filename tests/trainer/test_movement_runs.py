@@ -144,7 +144,7 @@ def test_what_makes_no_sense_is_refused():
         pruner(allocation="lamp")
     with refused(where="optimizer", got="lion", allowed="'adam'", fix="'adam'"):
         pruner(score_optimizer="lion")
-    with refused(where="score_schedule", got="cosine", allowed="'constant'", fix="constant"):
+    with refused(where="score_schedule", got="cosine", allowed="'constant'", fix="'linear'"):
         pruner(score_schedule="cosine")
 
 
@@ -157,7 +157,7 @@ def test_frozen_weights_are_refused_with_the_way_out():
 
 def test_a_resume_that_asks_for_something_else_is_refused(tmp_path):
     train(Toy(), pruner(), SaveAlways(tmp_path))
-    for other in ({"mode": "soft"}, {"score_schedule": "linear"}, {"score_lr": 0.1}):
+    for other in ({"mode": "soft"}, {"score_schedule": "constant"}, {"score_lr": 0.1}):
         with refused(got="in the checkpoint", allowed="the same", fix="resume with"):
             train(Toy(), pruner(**other), ckpt_path=tmp_path / "4.ckpt")
 

@@ -100,3 +100,14 @@ def test_a_fused_gate_is_refused():
     model = made("phi3", **HEADS, num_key_value_heads=2, pad_token_id=0)
     with refused(where="gate_up_proj", got="two rows", allowed="two Linear", fix="units out"):
         find_ffn(model, select(model).targets)
+
+
+def test_other_shapes_and_shared_ways_in_are_refused():
+    net = nn.ModuleDict({"fc1": nn.Linear(8, 24), "fc2": nn.Linear(12, 8)})
+    with refused(where="fc1", got="24x8", allowed="as many outputs", fix="exclude"):
+        find_ffn(net, select(net).targets)
+    one, two = (nn.ModuleDict({"fc1": nn.Linear(8, 12), "fc2": nn.Linear(12, 8)}) for _ in "ab")
+    two["fc1"] = one["fc1"]
+    net = nn.ModuleList([one, two])
+    with refused(where="1.fc2", got="1.fc1.weight", allowed="all weights", fix="all or none"):
+        find_ffn(net, select(net).targets)

@@ -6,12 +6,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_prune.allocation import ERK, LAMP, Global, Uniform
 from lightning_prune.apply import mask_
+from lightning_prune.criteria import Magnitude
 from lightning_prune.distributed import Shards
+from lightning_prune.masks import MaskSet
 from lightning_prune.patterns import NM, Block, Row
+from lightning_prune.targets import Target
 from tests import oracle
 from tests.refusals import refused
 from tests.weights import DTYPES, Given, masks, ones, policy, pruned, targets
@@ -148,3 +151,15 @@ def test_empty_tensors_take_no_part():
 def test_policies_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         policy().min_density = 0.5
+
+
+def test_a_subclass_that_scores_otherwise_is_asked():
+    class Reverse(Magnitude):
+        def score(self, target: Target) -> Tensor:
+            return 10 - target.local.abs()
+
+    chosen = targets(torch.arange(1.0, 9.0).view(2, 4))
+    masks = MaskSet({"t0": torch.ones(2, 4, dtype=torch.bool)})
+    rule = policy(criterion=Reverse())
+    ((_, mask),) = rule.masks(chosen, masks, sparsity=0.5, final=0.5, shards=Shards())
+    assert mask.tolist() == [[True] * 4, [False] * 4]
