@@ -153,15 +153,11 @@ class Policy:
             return given if by_unit[i] else pattern.unit_scores(targets[i], given)
 
         straight = _straight(criterion) if alone else None
-        flat: dict[int, Tensor] = {}  # the tensor in hand, a copy where it is not contiguous
 
         def keys(i: int, where: slice, out: Tensor | None = None) -> Tensor:
             if straight is None:
                 return order_keys(scores(i))[where]
-            if i not in flat:
-                flat.clear()
-                flat[i] = targets[i].local.reshape(-1)
-            part = flat[i][where].contiguous()
+            part = targets[i].local.reshape(-1)[where].contiguous()
             return straight(part.double() if wide else part.float(), out)
 
         def pruned(i: int) -> Tensor:
@@ -195,7 +191,7 @@ class Policy:
             scores=scores,
             candidates=Candidates(
                 keys=keys,
-                keys_into=keys if straight and _on_cpu(targets) else None,
+                keys_into=keys if straight and _lie_flat(targets) else None,
                 pruned=pruned,
                 sizes=[t.local.numel() // n for t, n in zip(targets, sizes, strict=True)],
                 costs=[n * self.cost(t) for t, n in zip(targets, sizes, strict=True)],
@@ -248,8 +244,9 @@ def _straight(criterion: Criterion) -> Callable[[Tensor, Tensor | None], Tensor]
     return None
 
 
-def _on_cpu(targets: Sequence[Target]) -> bool:
-    return all(t.local.device.type == "cpu" for t in targets)
+def _lie_flat(targets: Sequence[Target]) -> bool:
+    """Whether pieces of the weights can be read as they are, in the CPU's memory."""
+    return all(t.local.device.type == "cpu" and t.local.is_contiguous() for t in targets)
 
 
 def _count_wrong(weight: Tensor) -> int:

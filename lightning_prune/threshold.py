@@ -219,7 +219,7 @@ def _bracketed(units: Candidates, members: Sequence[int], budget: int) -> _Searc
             keys = units.all_keys(i)
             base[i] = int(torch.count_nonzero(keys < lo))
             inside[i] = keys[(keys >= lo) & (keys <= hi)]
-        else:
+        else:  # threads do not help: what is short holds Python's lock
             base[i], near[i] = _look(units, i, lo, hi)
             inside[i] = near[i].keys
         upto[i] = base[i] + len(inside[i])
