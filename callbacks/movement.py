@@ -83,7 +83,7 @@ class MovementPruning(ObservingCallback):
     """
 
     laws: ClassVar[dict[int | str, str]] = {
-        "2-one_shot_before_any_step": "Scores are all equal before the first step: refused",
+        "2-one_shot_before_any_step": "A cut before any gradient is refused",
         "2-layer_adaptive_magnitude": "LAMP compares squares, and scores have a sign: refused",
         "9-alone_or_together": "Scores follow gradients, which depend on what the other prunes",
         "9-frozen_and_asked_for": "Frozen weights get no gradient to learn scores from: refused",

@@ -63,7 +63,7 @@ class ObservingCallback(MaskCallback):
         first = self._resolved().value(0) > self._resolved().initial
         if self.observer is not None and first and self._updated < 0:
             raise refusal(
-                "The first cut would come before any gradient, when all scores are equal",
+                "The first cut would come before any gradient that scores could learn from",
                 where=f"{self.name}(start=...)",
                 got=f"an update to sparsity {self._resolved().value(0):g} at step 0",
                 allowed="a first cut after some steps",
