@@ -193,13 +193,15 @@ class MovementPruning(ObservingCallback):
 
     def members(self, model: torch.nn.Module) -> Members:
         """What is selected, and what loses rows or columns with it."""
-        selected = super().members(model).selected
+        selection = self.selection(model)
+        selected = selection.targets
         followers = ffn_followers(model, selected) if self.units == "ffn" else ()
         led = {f.target.name for f in followers}
         if self.mask_bias:
             biases = [b for t in selected if t.name not in led for b in biases_of(t)]
             followers += tuple(b for b in biases if b.target.name not in led)
-        return Members(selected, followers)
+        out = {e.name for e in selection.excluded if e.reason.startswith("excluded by")}
+        return Members(selected, tuple(f for f in followers if f.target.name not in out))
 
     # Set-up -------------------------------------------------------------------------------------
 

@@ -109,7 +109,7 @@ class Members:
 
     def __post_init__(self) -> None:
         """Refuses a parameter that would get two masks."""
-        taken = {id(t.parameter): t.name for t in self.selected}
+        taken = {id(t.parameter) for t in self.selected}
         led: dict[int, str] = {}
         for follower in self.followers:
             target, key = follower.target, id(follower.target.parameter)
@@ -187,7 +187,7 @@ def biases_of(target: Target, leader: str | None = None) -> list[Follower]:
         return []
     if bias.shape != target.canonical_shape[1:2]:
         return []
-    name = target.name.rpartition(".")[0] + ".bias"
+    name = target.name.removesuffix("weight") + "bias"
     follower = replace(target, name=name, parameter=bias, layout="vector", aliases=())
     return [Follower(target=follower, leader=leader or target.name, axis="rows", counted=False)]
 

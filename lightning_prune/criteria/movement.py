@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from lightning_prune.distributed import gather_whole
 from lightning_prune.errors import refusal
 from lightning_prune.patterns import Pattern, Unstructured
 from lightning_prune.targets import Target
@@ -103,7 +103,8 @@ class Movement:
         """Makes one score a unit, and their optimizer."""
         self._pattern = pattern
         everything = [*targets, *(part for _, part, _ in self._parts.values())]
-        mean = _mean_size(everything) if self.init == "magnitude" else None
+        fresh = any(t.name not in self._scores for t in targets)
+        mean = _mean_size(everything) if fresh and self.init == "magnitude" else None
         for target in targets:
             device = target.local.device
             dtype = torch.float64 if target.local.dtype == torch.float64 else torch.float32
@@ -258,6 +259,10 @@ class Movement:
 
 def _mean_size(targets: Sequence[Target]) -> Tensor | None:
     """The mean of ``|w|`` over all weights and ranks; None where all are zero, or none is there."""
-    sums = [gather_whole(t.parameter, t.local).double().abs().sum().cpu() for t in targets]
-    mean = torch.stack(sums).sum() / max(1, sum(t.size for t in targets)) if sums else None
-    return mean if mean else None
+    total = 0.0
+    for target in targets:
+        weight: Tensor = target.parameter.detach()
+        dtype = torch.float32 if weight.device.type == "mps" else torch.float64
+        part = weight.abs().sum(dtype=dtype)
+        total += float(part.full_tensor() if isinstance(part, DTensor) else part)
+    return torch.tensor(total / sum(t.size for t in targets)) if total else None

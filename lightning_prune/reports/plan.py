@@ -312,7 +312,7 @@ def plan(model: nn.Module, callback: Planned, total_steps: int | None) -> Plan:
         pruned, exact = 0, timeline.final == 0
     else:
         pruned, exact = _pruned(ranked, policy, timeline.final)
-        exact = exact and all(f.counted for f in members.followers)  # biases go, too
+        exact = exact and (pruned == 0 or all(f.counted for f in members.followers))
     parameters = list(model.parameters())
     total = sum(p.numel() for p in parameters)
     return Plan(

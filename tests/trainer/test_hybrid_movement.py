@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_prune import PruneError, load_mask, plan, save_mask
+from lightning_prune import load_mask, plan, save_mask
 from lightning_prune.callbacks import MovementPruning
 from tests.oracle_movement import Straight
 from tests.refusals import refused
@@ -226,6 +226,7 @@ def test_a_neuron_that_is_gone_can_be_taken_out():
     module = train(pruner(mask_bias=False))
     into, out = module.net[0].intermediate["dense"], module.net[0].output["dense"]
     kept = into.weight.any(1)
+    assert (into.bias[~kept] == 0).all()
     assert 0 < int(kept.sum()) < NEURONS
     x = torch.randn(5, WIDTH)
     whole = out(into(x).tanh())
@@ -248,7 +249,9 @@ def test_the_budget_counts_all_that_goes():
     assert module.trainer.callback_metrics["sparsity/actual"] == pytest.approx(zeros / total)
     told = plan(Module(), callback, total_steps=STEPS)
     assert told.parameters_selected == total
-    assert told.nonzero_at_end >= sum(p.numel() for p in module.parameters()) - zeros
+    assert told.nonzero_at_end == sum(p.numel() for p in module.parameters()) - total // 2
+    assert not told.exact
+    assert plan(Module(), pruner(sparsity=0.0), total_steps=STEPS).exact
 
 
 class Save(L.Callback):
@@ -269,9 +272,10 @@ def test_a_resumed_run_is_the_same(tmp_path):
         assert torch.equal(mask, again.masks[name]), name
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
-    for other in ({"mask_bias": False}, {"units": None}):
-        with pytest.raises(PruneError):
-            train(pruner(**other), epochs=2, ckpt_path=tmp_path / "5.ckpt")
+    with refused(got="True in the checkpoint", where="mask_bias", allowed="same", fix="True"):
+        train(pruner(mask_bias=False), epochs=2, ckpt_path=tmp_path / "5.ckpt")
+    with refused(got="ffn in the checkpoint", where="units", allowed="same", fix="units=ffn"):
+        train(pruner(units=None), epochs=2, ckpt_path=tmp_path / "5.ckpt")
 
 
 def test_averages_keep_the_zeros():
@@ -427,3 +431,24 @@ def test_a_checkpoint_from_before_units_is_taken_up(tmp_path):
     train(callback, Save(tmp_path), epochs=2)
     saved = torch.load(tmp_path / "5.ckpt", weights_only=True)["callbacks"][callback.state_key]
     assert not {"units", "mask_bias"} & set(saved["asked"])
+    again = pruner(units=None, mask_bias=False, pattern="unstructured")
+    train(again, epochs=2, ckpt_path=tmp_path / "5.ckpt")
+    for name, mask in callback.masks.items():
+        assert torch.equal(mask, again.masks[name]), name
+
+
+def test_a_bias_can_be_left_out():
+    callback = pruner(exclude=["net.1", "*query.bias", "*intermediate.dense.bias"])
+    module = train(callback)
+    assert not any(name.endswith("bias") for name in callback.masks)
+    assert (module.net[0].query.bias != 0).all()
+
+
+def test_a_bias_of_two_layers_is_refused():
+    class Shared(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net[0].output["dense"].bias = self.net[0].query.bias
+
+    with refused(where="bias", got="net.0.query.weight", allowed="one weight", fix="exclude"):
+        train(pruner(units=None), kind=Shared)

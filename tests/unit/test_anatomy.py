@@ -30,6 +30,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": HEADS | {"num_key_value_heads": 2, "head_dim": 4},
     "t5": {"vocab_size": 40, "d_model": 16, "d_kv": 4, "num_heads": 4, "num_layers": 2, "d_ff": 24},
 }
+WAYS = {
+    **dict.fromkeys(("bert", "roberta"), ("intermediate.dense", "output.dense")),
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma2"), ("gate_proj", "up_proj", "down_proj")
+    ),
+    "distilbert": ("ffn.lin1", "ffn.lin2"),
+    "vit": ("fc1", "fc2"),
+    "gpt2": ("c_fc", "c_proj"),
+    "opt": ("fc1", "fc2"),
+    "gpt_neox": ("dense_h_to_4h", "dense_4h_to_h"),
+    "t5": ("wi", "wo"),
+    "t5 gated": ("wi_0", "wi_1", "wo"),
+}
+BIASES = {"bert", "roberta", "distilbert", "vit", "gpt2", "opt", "gpt_neox"}
 FAMILIES["t5 gated"] = FAMILIES["t5"] | {"feed_forward_proj": "gated-gelu"}
 
 
@@ -77,15 +91,13 @@ def test_a_neuron_is_its_rows_its_column_and_its_bias(family):
             changes.append((target, mask))
     columns = {f.target.name for f in followers if f.axis == "columns"}
     zeroed = list(followed(changes, followers))
-    assert len(zeroed) == len(changes) + len(followers)
-    biases = [
-        name
-        for name, p in model.named_parameters()
-        if p.dim() == 1 and name in {f.target.name for f in followers}
-    ]
-    assert bool(biases) == (
-        family in ("bert", "roberta", "distilbert", "vit", "gpt2", "opt", "gpt_neox")
-    )
+    for block in blocks:
+        prefix = block.output.removesuffix(f"{WAYS[family][-1]}.weight")
+        mine = {f.target.name for f in followers if f.leader == block.inputs[0]}
+        assert {block.inputs[0], *mine} == {
+            *(f"{prefix}{way}.weight" for way in WAYS[family]),
+            *(f"{prefix}{way}.bias" for way in WAYS[family][:-1] if family in BIASES),
+        }
     for target, mask in zeroed:
         if target.name in columns:
             target.local.mul_(mask)
@@ -111,3 +123,12 @@ def test_other_shapes_and_shared_ways_in_are_refused():
     net = nn.ModuleList([one, two])
     with refused(where="1.fc2", got="1.fc1.weight", allowed="all weights", fix="all or none"):
         find_ffn(net, select(net).targets)
+
+
+def test_torchs_own_layer():
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+    found = ffn_followers(layer, select(layer, exclude="self_attn*").targets)
+    assert {f.target.name: f.axis for f in found} == {
+        "linear2.weight": "columns",
+        "linear1.bias": "rows",
+    }

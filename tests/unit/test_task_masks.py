@@ -97,3 +97,15 @@ def test_files_that_hold_no_mask_are_refused(tmp_path):
     for path in (text, other, bare, tmp_path / "missing.safetensors"):
         with refused(where=str(path), allowed="save_mask", fix="path"):
             load_mask(Net(), path)
+
+
+def test_a_model_that_is_one_layer(tmp_path):
+    task, base = nn.Linear(4, 4), nn.Linear(4, 4)
+    base.load_state_dict(task.state_dict())
+    with torch.no_grad():
+        task.weight[1] = 0
+        task.bias[1] = 0
+    save_mask(task, tmp_path / "one.safetensors", targets="weight")
+    load_mask(base, tmp_path / "one.safetensors")
+    assert torch.equal(base.weight, task.weight)
+    assert torch.equal(base.bias, task.bias)
