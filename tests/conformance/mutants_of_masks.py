@@ -126,8 +126,9 @@ class OnlyKeepsMasks(GradualMagnitudePruning):
 
 
 class DoesNotProject(GradualMagnitudePruning):
-    def _project(self) -> None:
-        pass
+    def _project(self, targets: Any = None) -> None:
+        if targets is not None:  # after a step
+            super()._project(targets)
 
 
 class DoesNotProjectAtValidation(GradualMagnitudePruning):
