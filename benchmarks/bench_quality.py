@@ -210,8 +210,12 @@ def table(rows: list[dict[str, object]]) -> str:
         "steps), 872 dev sentences (one sentence is 0.0011); mean over seeds (each seed).",
         f"- Sparsity over the encoder's 10,616,832 Linear weights; both callbacks at the same "
         f"absolute cubic targets every {EVERY} steps from 25% to 75% of the run; one-shot at 25%.",
-        "- Accuracies of seeds are in the order 0, 1 and, where there is a third, 2. Training "
-        "times are not comparable: other work ran on the machine. A dash is an arm not run yet.",
+        "- Accuracies of seeds are in their order, 0 first. Training times are not comparable: "
+        "other work ran on the machine. A dash is an arm not run yet.",
+        "- GradualMagnitudePruning and ModelPruning are one method here: given the present weights "
+        "to rank, ModelPruning has our weights bit for bit, but for 2 of 10 million masks at one "
+        "update; as it is, it ranks weights as they were a step ago (agreement.md). What lies "
+        "between their columns is what lies between two runs.",
         "",
         "| sparsity | GradualMagnitudePruning | ModelPruning | one-shot at 25% |",
         "|---|---|---|---|",
