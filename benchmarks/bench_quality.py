@@ -214,8 +214,8 @@ def table(rows: list[dict[str, object]]) -> str:
         "other work ran on the machine. A dash is an arm not run yet.",
         "- GradualMagnitudePruning and ModelPruning are one method here: given the present weights "
         "to rank, ModelPruning has our weights bit for bit, but for 2 of 10 million masks at one "
-        "update; as it is, it ranks weights as they were a step ago (agreement.md). What lies "
-        "between their columns is what lies between two runs.",
+        "update of 60 steps; as it is, it ranks weights as they were a step ago (agreement.md). "
+        "Whether that step matters at 95% is open (README.md).",
         "",
         "| sparsity | GradualMagnitudePruning | ModelPruning | one-shot at 25% |",
         "|---|---|---|---|",
