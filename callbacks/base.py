@@ -113,7 +113,7 @@ class MaskCallback(L.Callback):
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Masks by parameter name, True = kept, of the weights' local shapes; empty before fit."""
+        """Masks by parameter name, True = kept, of local shapes; biases that follow are there."""
         return dict(self._masks or {})
 
     @property

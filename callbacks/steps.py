@@ -34,7 +34,7 @@ class StepCounter:
         optimizers: Sequence[torch.optim.Optimizer],
         targets: Sequence[Target],
         after_step: Callable[[tuple[Target, ...]], None],
-        counted: Sequence[Target] | None = None,
+        counted: Sequence[Target],
     ) -> None:
         """Hooks onto the optimizers; goes on from the step reached before.
 
@@ -42,13 +42,13 @@ class StepCounter:
             optimizers: The Trainer's optimizers.
             targets: All that has a mask.
             after_step: Called with those that an optimizer owns after each of its steps.
-            counted: Those whose owners' steps count; None = all.
+            counted: Those whose owners' steps count.
         """
         self.detach()
         reached = self.step
         self._optimizers = list(optimizers)
         self._targets = tuple(targets)
-        self._counted = {t.name for t in (targets if counted is None else counted)}
+        self._counted = {t.name for t in counted}
         self._sizes = [_size(o) for o in self._optimizers]
         self._owned = [_held(o, targets) for o in self._optimizers]
         self.counts = [reached] * len(self._optimizers)

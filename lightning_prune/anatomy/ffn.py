@@ -16,10 +16,10 @@ __all__ = ["FFN", "ffn_followers", "find_ffn"]
 # What leads into the neurons (the first one leads the others), what leads out, and where.
 _NAMES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Qwen2, Qwen3, Gemma 2
-    (("intermediate.dense",), "output.dense"),  # BERT, RoBERTa, ViT
+    (("intermediate.dense",), "output.dense"),  # BERT, RoBERTa
     (("ffn.lin1",), "ffn.lin2"),  # DistilBERT
     (("c_fc",), "c_proj"),  # GPT-2
-    (("fc1",), "fc2"),  # OPT
+    (("fc1",), "fc2"),  # OPT, ViT
     (("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX
     (("wi_0", "wi_1"), "wo"),  # gated T5
     (("wi",), "wo"),  # T5
@@ -52,7 +52,8 @@ def find_ffn(model: nn.Module, targets: Sequence[Target]) -> list[FFN]:
         The blocks all of whose weights are selected, in order.
 
     Raises:
-        PruneError: If a block is selected in part, or its neurons lie in one fused matrix.
+        PruneError: If a block is selected in part, its shapes do not fit, or its neurons lie in one
+            fused matrix.
     """
     known = {t.name: t for t in targets}
     every = model.named_parameters(remove_duplicate=False)

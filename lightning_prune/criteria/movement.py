@@ -118,9 +118,11 @@ class Movement:
             self._optimizer = self._made(list(self._scores.values()))
 
     def _start(self, target: Target, dtype: torch.dtype, mean: Tensor | None) -> Tensor:
-        start = self._unit_sums(target, lambda t: t.local.to(dtype).abs())
         if not isinstance(self.init, str):
-            return torch.full_like(start, self.init)
+            like, many = target.local, self._pattern.unit_size(target) > 1
+            shape = self._pattern.unit_sums(target, like) if many else like
+            return torch.full_like(shape, self.init, dtype=dtype)
+        start = self._unit_sums(target, lambda t: t.local.to(dtype).abs())
         sizes = [shape.unit_size(part) for _, part, shape in self._parts_of(target)]
         size = max(1, self._pattern.unit_size(target) + sum(sizes))
         return start / (size if mean is None else mean.to(start) * size)
