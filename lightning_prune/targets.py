@@ -17,7 +17,16 @@ from torch.nn.parameter import is_lazy
 
 from lightning_prune.errors import refusal
 
-__all__ = ["Excluded", "Layout", "Selection", "Target", "as_globs", "canonical_name", "select"]
+__all__ = [
+    "Excluded",
+    "Layout",
+    "Selection",
+    "Target",
+    "as_globs",
+    "canonical_name",
+    "is_transposed_linear",
+    "select",
+]
 
 Layout = Literal["linear", "transposed", "conv", "experts", "experts_transposed", "vector", "table"]
 
@@ -149,7 +158,8 @@ class Selection:
         return sum(t.size for t in self.targets)
 
 
-def _is_transposed_linear(module: nn.Module) -> bool:
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D, a Linear whose weight is (inputs, outputs)."""
     # transformers' Conv1D is y = x W + b with W of shape (I, O). The core does not import
     # transformers, so it is recognised by its class and its own attribute nf (outputs).
     weight = getattr(module, "weight", None)
@@ -164,7 +174,7 @@ def _is_transposed_linear(module: nn.Module) -> bool:
 def _layout(module: nn.Module, leaf: str, parameter: Tensor) -> Layout:
     if leaf == "weight" and isinstance(module, nn.Linear):
         return "linear"
-    if leaf == "weight" and _is_transposed_linear(module):
+    if leaf == "weight" and is_transposed_linear(module):
         return "transposed"
     if leaf == "weight" and isinstance(module, _CONV_TYPES):
         return "conv"
@@ -207,7 +217,7 @@ def _default_reason(
     if ".lora_" in f".{path}.":
         return "LoRA adapter"
     if leaf != "weight" or not (
-        isinstance(module, (nn.Linear, *_CONV_TYPES)) or _is_transposed_linear(module)
+        isinstance(module, (nn.Linear, *_CONV_TYPES)) or is_transposed_linear(module)
     ):
         return (
             f"parameter of {type(module).__name__}: not a Linear, Conv1D, Conv1d or Conv2d weight"

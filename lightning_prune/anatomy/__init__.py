@@ -1,7 +1,29 @@
 """What a network is made of: units that are spread over several parameters."""
 
+from lightning_prune.anatomy.counting import Counter as Counter
 from lightning_prune.anatomy.ffn import FFN as FFN
 from lightning_prune.anatomy.ffn import ffn_followers as ffn_followers
 from lightning_prune.anatomy.ffn import find_ffn as find_ffn
+from lightning_prune.anatomy.kinds import KINDS as KINDS
+from lightning_prune.anatomy.kinds import Kind as Kind
+from lightning_prune.anatomy.survey import survey as survey
+from lightning_prune.anatomy.units import Anatomy as Anatomy
+from lightning_prune.anatomy.units import Block as Block
+from lightning_prune.anatomy.units import Group as Group
+from lightning_prune.anatomy.units import Part as Part
+from lightning_prune.anatomy.units import Site as Site
 
-__all__ = ["FFN", "ffn_followers", "find_ffn"]
+__all__ = [
+    "FFN",
+    "KINDS",
+    "Anatomy",
+    "Block",
+    "Counter",
+    "Group",
+    "Kind",
+    "Part",
+    "Site",
+    "ffn_followers",
+    "find_ffn",
+    "survey",
+]

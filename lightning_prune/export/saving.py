@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune._version import __version__
+from lightning_prune.anatomy.trials import quiet
 from lightning_prune.errors import refusal
 from lightning_prune.export.networks import check_weights, class_named, network_in, stock_class
-from lightning_prune.export.verification import load, undisturbed, verify, without_progress_bars
+from lightning_prune.export.verification import load, verify, without_progress_bars
 from lightning_prune.reports import report
 from lightning_prune.reports.sparsity import zeros_of
 
@@ -97,7 +98,7 @@ def save_pretrained(
     place.parent.mkdir(parents=True, exist_ok=True)
     draft = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
     try:
-        with undisturbed(network), without_progress_bars():
+        with quiet(network), without_progress_bars():
             network.save_pretrained(draft)
             _name_architecture(draft, architecture.__name__)
             if tokenizer is not None:

@@ -8,33 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lightning_prune.anatomy.trials import example_inputs, outputs_of
 from lightning_prune.errors import PruneError, refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["load", "undisturbed", "verify", "without_progress_bars"]
-
-
-@contextmanager
-def undisturbed(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, no autocast, nothing compiled; everything is put back."""
-    modes = [(module, module.training) for module in network.modules()]
-    device = next(network.parameters()).device
-    network.eval()
-    try:
-        with (
-            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-            torch.autocast(device.type, enabled=False),
-            torch.compiler.set_stance("force_eager"),
-            torch.no_grad(),
-        ):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+__all__ = ["load", "verify", "without_progress_bars"]
 
 
 @contextmanager
@@ -121,64 +103,11 @@ def verify(
     for name, saved in before.items():
         if not _same_bits(saved, after[name]):
             raise _difference("a tensor", name, saved, after[name])
-    given = _made_up(network) if inputs is None else inputs
+    given = example_inputs(network) if inputs is None else inputs
     batch = {name: value.to(network.device) for name, value in given.items()}
-    wanted = dict(_outputs(network, batch, inputs is None))
-    got = dict(_outputs(loaded, batch, inputs is None))
+    wanted = dict(outputs_of(network, batch, inputs is None))
+    got = dict(outputs_of(loaded, batch, inputs is None))
     for name in sorted(wanted.keys() | got.keys()):
         if name not in got or name not in wanted or not _same_bits(wanted[name], got[name]):
             missing = torch.empty(0)
             raise _difference("an output", name, wanted.get(name, missing), got.get(name, missing))
-
-
-def _made_up(network: PreTrainedModel) -> dict[str, Tensor]:
-    """One example of text or one image, from a generator of its own."""
-    config, generator = network.config, torch.Generator().manual_seed(0)
-    kind = network.main_input_name
-    if kind == "input_ids":
-        text = config.get_text_config()
-        length = min(8, getattr(text, "max_position_embeddings", None) or 8)
-        ids = torch.randint(int(text.vocab_size), (1, length), generator=generator)
-        both = getattr(config, "is_encoder_decoder", False)
-        return {"input_ids": ids, **({"decoder_input_ids": ids.clone()} if both else {})}
-    if kind == "pixel_values":
-        side = getattr(config, "image_size", None) or 64
-        height, width = (side, side) if isinstance(side, int) else tuple(side)[-2:]
-        channels = getattr(config, "num_channels", 3)
-        image = torch.randn(1, channels, height, width, generator=generator)
-        return {"pixel_values": image.to(network.dtype)}
-    raise _no_inputs(network, f"its main input is {kind!r}")
-
-
-def _no_inputs(network: PreTrainedModel, why: str) -> PruneError:
-    return refusal(
-        "There are no inputs to compare outputs on",
-        where=type(network).__name__,
-        got=why,
-        allowed="a model of text or of images, or inputs of your own",
-        fix="give save_pretrained(..., inputs={...}): one batch as the model's forward takes it",
-    )
-
-
-def _outputs(
-    network: PreTrainedModel, batch: Mapping[str, Tensor], made_up: bool
-) -> Iterator[tuple[str, Tensor]]:
-    torch.manual_seed(0)  # some models draw numbers even in evaluation mode
-    try:
-        output = network(**batch)
-    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
-        if not made_up:
-            raise
-        raise _no_inputs(network, f"made-up inputs do not fit: {error}") from error
-    yield from _tensors("output", output)
-
-
-def _tensors(name: str, value: object) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from _tensors(f"{name}.{key}", part)
-    elif isinstance(value, tuple | list):
-        for i, part in enumerate(value):
-            yield from _tensors(f"{name}[{i}]", part)

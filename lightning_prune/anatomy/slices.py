@@ -1,0 +1,82 @@
+"""Entries of tensors by head, by dimension of a head, and by projection; pure index arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.anatomy.families import Attention, FeedForward
+from lightning_prune.anatomy.units import Part
+from lightning_prune.errors import refusal
+from lightning_prune.targets import is_transposed_linear
+
+__all__ = ["at", "dims", "head_rows", "joined", "n_inputs", "n_outputs", "present"]
+
+
+def at(module: nn.Module, path: str) -> Any:
+    """The module at a path; refuses where there is none."""
+    found: Any = module
+    for name in path.split(".") if path else ():
+        found = getattr(found, name, None)
+        if found is None:
+            raise refusal(
+                "A network does not have a module that its family has",
+                where=f"{type(module).__name__}.{path}",
+                got=f"no {name}",
+                allowed="modules named as in lightning_prune/anatomy/families.py",
+                fix="leave units out, or add a row there",
+            )
+    return found
+
+
+def present(layer: nn.Module, rows: tuple[FeedForward, ...]) -> FeedForward | None:
+    """The first row whose modules a layer has."""
+    paths = {n for n, _ in layer.named_modules()}
+    return next((r for r in rows if {*r.inputs, r.output} <= paths), None)
+
+
+def n_outputs(module: nn.Module) -> int:
+    """Outputs of a projection."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return int(weight.shape[1 if is_transposed_linear(module) else 0])
+
+
+def n_inputs(module: nn.Module) -> int:
+    """Inputs of a projection."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return int(weight.shape[0 if is_transposed_linear(module) else 1])
+
+
+def head_rows(
+    attention: Attention, heads: int, groups: int, width: int
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    """Rows of queries (heads, width) and of keys and values (groups, width), and columns out."""
+    q = torch.arange(heads * width).view(heads, width)
+    k = torch.arange(groups * width).view(groups, width)
+    if attention.fused == "parts":
+        start = heads * width
+        return q, (k + start, k + start + groups * width), q
+    if attention.fused == "heads":
+        whole = torch.arange(heads * 3 * width).view(heads, 3, width)
+        return whole[:, 0], (whole[:, 1], whole[:, 2]), q
+    return q, (k, k), q
+
+
+def dims(rows: Tensor, width: int, units: Tensor) -> Tensor:
+    """Which of the rows (heads, width) each unit of a head's dimensions owns, in every head."""
+    return rows[:, units].transpose(0, 1).reshape(len(units), -1)
+
+
+def joined(parts: list[Part]) -> list[Part]:
+    """One part for each tensor and dimension."""
+    found: dict[tuple[str, int], Part] = {}
+    for part in parts:
+        key = (part.tensor, part.dim)
+        if key in found:
+            part = Part(
+                tensor=part.tensor, dim=part.dim, index=torch.cat([found[key].index, part.index], 1)
+            )
+        found[key] = part
+    return list(found.values())

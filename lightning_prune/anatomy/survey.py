@@ -1,0 +1,401 @@
+"""Finds the units of a network, from the row of its family or from names and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.anatomy.families import Attention, Family, Stack, family_of
+from lightning_prune.anatomy.inference import infer
+from lightning_prune.anatomy.kinds import Kind
+from lightning_prune.anatomy.networks import head_size, network_in
+from lightning_prune.anatomy.slices import (
+    at,
+    dims,
+    head_rows,
+    joined,
+    n_inputs,
+    n_outputs,
+    present,
+)
+from lightning_prune.anatomy.stream import stream_parts
+from lightning_prune.anatomy.units import Anatomy, Block, Group, Part, Site
+from lightning_prune.errors import refusal
+from lightning_prune.targets import is_transposed_linear
+
+__all__ = ["survey"]
+
+
+def survey(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Anatomy:
+    """Finds what a network is made of.
+
+    Args:
+        model: A transformers model, or a module that holds exactly one.
+        inputs: One batch as its forward takes it, to see which layers read the residual stream;
+            None = made up.
+
+    Returns:
+        Its units. Names in it are those of the transformers model's own parameters.
+
+    Raises:
+        PruneError: If there is not one transformers model, or its layers are not recognised.
+    """
+    prefix, network = network_in(model)
+    config: Any = network.config
+    family = family_of(config.model_type)
+    row = family or infer(network)
+    return _Surveyor(network, row, prefix, "inferred" if family is None else row.types[0]).run(
+        inputs
+    )
+
+
+class _Surveyor:
+    def __init__(self, network: nn.Module, row: Family, prefix: str, family: str) -> None:
+        self.network, self.row, self.prefix, self.family = network, row, prefix, family
+        self.base: nn.Module = network.base_model  # type: ignore[assignment]
+        names = {id(m): n for n, m in network.named_modules()}
+        self.root = f"{names[id(self.base)]}." if names[id(self.base)] else ""
+        self.names = {id(p): n for n, p in network.named_parameters()}
+        self.names |= {id(b): n for n, b in network.named_buffers()}
+        self.groups: dict[str, Group] = {}
+        self.blocks: list[Block] = []
+        self.missing: dict[str, str] = {}
+        self.apart: set[str] = set()  # tensors in layers that are no part of the stream
+        self.reads: list[Part] = []  # the stream's slices in layers
+        self.writes: list[Part] = []
+
+    def run(self, batch: Mapping[str, Tensor] | None) -> Anatomy:
+        for stack in self.row.stacks:
+            self._stack(stack)
+        self._head_dims()
+        config: Any = self.network.config
+        size = int(config.hidden_size)
+        hidden, writers = stream_parts(
+            self.network, self.row, size, self.reads, self.writes, self.apart, self.names, batch
+        )
+        self._add(
+            Group(
+                name="hidden",
+                kind="hidden",
+                layer=None,
+                size=size,
+                parts=hidden,
+                silent_if=(writers,) if writers else (),
+            )
+        )
+        for kind, why in (
+            ("query_heads", "every key has one query"),
+            ("attention", "its attention sub-layers cannot be left out one by one"),
+        ):
+            if not any(g.kind == kind for g in self.groups.values()):
+                self.missing.setdefault(kind, why)
+        shapes = {n: tuple(p.shape) for n, p in self.network.named_parameters()}
+        itemsizes = {n: p.element_size() for n, p in self.network.named_parameters()}
+        buffers = dict(self.network.named_buffers())
+        for group in self.groups.values():
+            for part in group.parts:
+                if part.tensor in buffers:
+                    shapes[part.tensor] = tuple(buffers[part.tensor].shape)
+        return Anatomy(
+            row=self.row,
+            family=self.family,
+            prefix=self.prefix,
+            groups=self.groups,
+            blocks=tuple(self.blocks),
+            lists=tuple(self.root + s.layers for s in self.row.stacks),
+            shapes=shapes,
+            itemsizes=itemsizes,
+            missing=self.missing,
+        )
+
+    def _add(self, group: Group) -> None:
+        if group.size and (group.parts or group.sites):
+            self.groups[group.name] = group
+
+    # Layers -------------------------------------------------------------------------------------
+
+    def _stack(self, stack: Stack) -> None:
+        layers = at(self.base, stack.layers)
+        if not isinstance(layers, nn.ModuleList) or not len(layers):
+            raise refusal(
+                "A network does not have the layers that its family has",
+                where=f"{type(self.network).__name__}.{self.root}{stack.layers}",
+                got=type(layers).__name__,
+                allowed="a ModuleList with at least one layer",
+                fix="leave units out, or add a row to lightning_prune/anatomy/families.py",
+            )
+        shared: dict[str, list[Part]] = {}
+        sites: dict[Kind, list[Site]] = {"attention": [], "mlp": [], "layers": []}
+        for i, layer in enumerate(layers):
+            path = f"{self.root}{stack.layers}.{i}"
+            place = f"{stack.name}layers.{i}"
+            for attention in stack.attentions:
+                self._heads(layer, attention, stack, place, i, shared)
+            self._neurons(layer, stack, place, i)
+            for kind, skip in (("attention", stack.attention_skip), ("mlp", stack.mlp_skip)):
+                if skip is not None:
+                    sites[kind].append(  # type: ignore[index]
+                        Site(
+                            path=f"{path}.{skip.silenced[0]}",
+                            silenced=tuple(f"{path}.{p}" for p in skip.silenced),
+                            passed=tuple(f"{path}.{p}" for p in skip.passed),
+                            pairs=tuple(f"{path}.{a.block}" for a in stack.attentions),
+                            silent_if=self._ways_out(layer, stack, kind),
+                        )
+                    )
+            tables = [
+                getattr(at(layer, a.block), a.table, None) for a in stack.attentions if a.table
+            ]
+            handed = tuple(self.names[id(t.weight)] for t in tables if t is not None)
+            both = (
+                *self._ways_out(layer, stack, "attention"),
+                *self._ways_out(layer, stack, "mlp"),
+            )
+            sites["layers"].append(Site(path=path, deleted=True, handed=handed, silent_if=both))
+        for name, parts in shared.items():
+            size = parts[0].index.shape[0]
+            self._add(Group(name=name, kind="heads", layer=None, size=size, parts=tuple(parts)))
+        for kind, found in sites.items():
+            name = f"{stack.name}{kind}"
+            group = Group(name=name, kind=kind, layer=None, size=len(found), sites=tuple(found))
+            self._add(group)
+
+    def _heads(
+        self,
+        layer: nn.Module,
+        attention: Attention,
+        stack: Stack,
+        place: str,
+        number: int,
+        shared: dict[str, list[Part]],
+    ) -> None:
+        block = at(layer, attention.block)
+        out = at(layer, attention.output)
+        width = head_size(block, self.network)
+        heads = n_inputs(out) // width
+        query = at(block, attention.query)
+        if attention.fused:
+            groups = heads
+            if attention.fused == "parts":
+                groups = (n_outputs(query) // width - heads) // 2
+        else:
+            groups = n_outputs(at(block, attention.key)) // width
+        for p in (query, *(at(block, a) for a in (attention.key, attention.value) if a)):
+            self.reads += self._slice(p, "in")
+        self.writes += self._slice(out, "out")
+        for norm in attention.norms:
+            path = self._path(at(block, norm))
+            self.apart |= {f"{path}.weight", f"{path}.bias"}
+        table = getattr(block, attention.table, None) if attention.table else None
+        if table is not None:
+            self.apart.add(self.names[id(table.weight)])
+
+        ratio = heads // groups
+        grouped = groups > 1 or heads == 1
+        # where all heads share one key and value, it stays, and query heads go one by one
+        n = groups if grouped else heads
+        q, kv, o = head_rows(attention, heads, groups, width)
+
+        parts: list[Part] = []
+        for module, rows in ((query, q), *self._kv(block, attention, kv, query)):
+            if grouped or rows is q:
+                parts += self._rows(module, rows.reshape(n, -1))
+        parts += self._columns(out, o.reshape(n, -1))
+        if table is not None:
+            parts.append(self._part(table.weight, 1, torch.arange(heads).reshape(n, -1)))
+        parts = joined(parts)
+        name = (
+            f"{stack.name}{attention.group}" if attention.shared else f"{place}.{attention.group}"
+        )
+        if attention.shared:
+            shared.setdefault(name, []).extend(parts)
+        else:
+            values = self._kv(block, attention, kv, query)[1]
+            silent = [tuple(self._columns(out, o.reshape(n, -1)))]
+            if grouped:
+                silent.append(tuple(self._rows(values[0], values[1].reshape(n, -1))))
+            self._add(
+                Group(
+                    name=name,
+                    kind="heads",
+                    layer=number,
+                    size=n,
+                    parts=tuple(parts),
+                    silent_if=tuple(silent),
+                )
+            )
+        if ratio > 1 and groups > 1:
+            across = q.reshape(groups, ratio, width).transpose(0, 1).reshape(ratio, -1)
+            outward = o.reshape(groups, ratio, width).transpose(0, 1).reshape(ratio, -1)
+            parts = [*self._rows(query, across), *self._columns(out, outward)]
+            self._add(
+                Group(
+                    name=f"{place}.query_heads",
+                    kind="query_heads",
+                    layer=number,
+                    size=ratio,
+                    parts=tuple(parts),
+                    silent_if=(tuple(self._columns(out, outward)),),
+                )
+            )
+        noted = self._note_dims(block, attention, place, number, width, (query, q), kv, (out, o))
+        self.blocks.append(
+            Block(
+                path=self._path(block),
+                heads=heads,
+                groups=groups,
+                width=width,
+                units=name,
+                across=f"{place}.query_heads" if ratio > 1 and groups > 1 else "",
+                dims=noted,
+                table=attention.table,
+            )
+        )
+
+    def _kv(
+        self, block: nn.Module, attention: Attention, kv: tuple[Tensor, Tensor], query: nn.Module
+    ) -> list[tuple[nn.Module, Tensor]]:
+        if attention.fused:
+            return [(query, kv[0]), (query, kv[1])]
+        return [(at(block, attention.key), kv[0]), (at(block, attention.value), kv[1])]
+
+    # Dimensions of heads ------------------------------------------------------------------------
+
+    def _note_dims(
+        self,
+        block: nn.Module,
+        attention: Attention,
+        place: str,
+        number: int,
+        width: int,
+        query: tuple[nn.Module, Tensor],
+        kv: tuple[Tensor, Tensor],
+        out: tuple[nn.Module, Tensor],
+    ) -> str:
+        pairs = self._pairs()
+        if pairs is None:
+            return ""
+        units = torch.arange(width)[:, None]
+        if pairs:
+            units = torch.stack([torch.arange(pairs), torch.arange(pairs) + pairs], 1)
+        modules = [query, *self._kv(block, attention, kv, query[0])]
+        parts: list[Part] = []
+        for module, rows in modules:
+            parts += self._rows(module, dims(rows, width, units))
+        parts += self._columns(out[0], dims(out[1], width, units))
+        for norm in attention.norms:
+            parts.append(self._part(at(block, norm).weight, 0, units))
+        parts = joined(parts)
+        name = "head_dims"
+        if not pairs:
+            name = f"{place}.{'cross_' * (attention.group != 'heads')}head_dims"
+        known = self.groups.get(name)
+        everything = (known.parts if known else ()) + tuple(parts)
+        self._add(
+            Group(
+                name=name,
+                kind="head_dims",
+                layer=None if pairs else number,
+                size=len(units),
+                parts=everything,
+            )
+        )
+        return name
+
+    def _rotary(self) -> list[Any]:
+        return [
+            m for m in self.network.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)
+        ]
+
+    def _pairs(self) -> int | None:
+        """Pairs that rotary positions turn together; 0 without them, None where they change."""
+        rotary = self._rotary()
+        if not rotary:
+            return 0
+        sizes = {int(m.inv_freq.numel()) for m in rotary}
+        if any(getattr(m, "rope_type", "default") != "default" for m in rotary) or len(sizes) > 1:
+            self.missing["head_dims"] = "its rotary frequencies are made anew while it runs"
+            return None
+        return sizes.pop()
+
+    def _head_dims(self) -> None:
+        group = self.groups.get("head_dims")
+        if group is None:
+            return
+        units = torch.arange(group.size)[:, None]
+        parts = [
+            self._part(buffer, 0, units)
+            for module in self._rotary()
+            for buffer in (module.inv_freq, getattr(module, "original_inv_freq", None))
+            if isinstance(buffer, Tensor) and id(buffer) in self.names
+        ]
+        self.groups["head_dims"] = Group(
+            name=group.name,
+            kind=group.kind,
+            layer=None,
+            size=group.size,
+            parts=group.parts + tuple(parts),
+        )
+
+    def _ways_out(self, layer: nn.Module, stack: Stack, kind: str) -> tuple[str, ...]:
+        """Parameters of the projections that lead from a sub-layer back to the stream."""
+        row = present(layer, stack.ffn)
+        paths = [] if row is None else [row.output]
+        if kind == "attention":
+            paths = [a.output for a in stack.attentions]
+        found = [p for path in paths for p in at(layer, path).parameters(recurse=False)]
+        return tuple(self.names[id(p)] for p in found)
+
+    # Neurons ------------------------------------------------------------------------------------
+
+    def _neurons(self, layer: nn.Module, stack: Stack, place: str, number: int) -> None:
+        row = present(layer, stack.ffn)
+        if row is None:
+            return  # a layer of another kind, such as a mixture of experts
+        ins, out = [at(layer, n) for n in row.inputs], at(layer, row.output)
+        size = n_inputs(out)
+        rows = torch.arange(size)[:, None]
+        silent = [tuple(self._columns(out, rows))]
+        for module in ins:
+            self.reads += self._slice(module, "in")
+            for half in (rows, rows + size) if row.fused else (rows,):
+                silent.append(tuple(self._rows(module, half)))
+        self.writes += self._slice(out, "out")
+        self._add(
+            Group(
+                name=f"{place}.ffn",
+                kind="ffn",
+                layer=number,
+                size=size,
+                parts=tuple(joined([part for alternative in silent for part in alternative])),
+                silent_if=tuple(silent),
+            )
+        )
+
+    # Slices -------------------------------------------------------------------------------------
+
+    def _path(self, module: nn.Module) -> str:
+        path: str = next(n for n, m in self.network.named_modules() if m is module)
+        return path
+
+    def _part(self, tensor: Tensor, dim: int, index: Tensor) -> Part:
+        return Part(tensor=self.names[id(tensor)], dim=dim, index=index)
+
+    def _rows(self, module: nn.Module, index: Tensor) -> list[Part]:
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        parts = [self._part(weight, 1 if is_transposed_linear(module) else 0, index)]
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, Tensor):
+            parts.append(self._part(bias, 0, index))
+        return parts
+
+    def _columns(self, module: nn.Module, index: Tensor) -> list[Part]:
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        return [self._part(weight, 0 if is_transposed_linear(module) else 1, index)]
+
+    def _slice(self, module: nn.Module, side: str) -> list[Part]:
+        index = torch.arange(n_inputs(module) if side == "in" else n_outputs(module))[:, None]
+        return self._columns(module, index) if side == "in" else self._rows(module, index)
