@@ -10,6 +10,8 @@ from lightning_prune.export import from_pretrained as from_pretrained
 from lightning_prune.export import load_mask as load_mask
 from lightning_prune.export import save_mask as save_mask
 from lightning_prune.export import save_pretrained as save_pretrained
+from lightning_prune.removal import RemovalPlan as RemovalPlan
+from lightning_prune.removal import compact as compact
 from lightning_prune.reports import Plan as Plan
 from lightning_prune.reports import SparsityReport as SparsityReport
 from lightning_prune.reports import plan as plan
@@ -19,8 +21,10 @@ __all__ = [
     "NoEffectWarning",
     "Plan",
     "PruneError",
+    "RemovalPlan",
     "SparsityReport",
     "__version__",
+    "compact",
     "from_pretrained",
     "load_mask",
     "plan",

@@ -18,7 +18,9 @@ from lightning_prune._version import __version__
 from lightning_prune.anatomy.trials import quiet
 from lightning_prune.errors import refusal
 from lightning_prune.export.networks import check_weights, class_named, network_in, stock_class
+from lightning_prune.export.rebuilding import rebuild, write
 from lightning_prune.export.verification import load, verify, without_progress_bars
+from lightning_prune.removal import Removals, removals_of
 from lightning_prune.reports import report
 from lightning_prune.reports.sparsity import zeros_of
 
@@ -61,7 +63,9 @@ def save_pretrained(
             parameters besides. It is left as it was: modes, generators and weights.
         path: The folder to write; a folder from an earlier call is replaced as a whole.
         tokenizer: Saved into the same folder; a processor will do.
-        stock: Whether stock classes must be able to load the result. Masked models always do.
+        stock: Whether stock classes must be able to load the result. Masked models always do; of
+            smaller ones, those whose shape the config can say. Others are saved with a manifest
+            that `from_pretrained` reads, under names that make stock classes fail.
         provenance: How the zeros came to be (a callback's arguments, say), in JSON's types.
         inputs: What to compare the outputs on; None = made up for models of text or images.
 
@@ -70,8 +74,8 @@ def save_pretrained(
 
     Raises:
         PruneError: If there is not exactly one model, it has weights that are not finite or
-            leftovers of pruning or LoRA tools, the folder holds anything that is not ours, or what
-            comes back differs.
+            leftovers of pruning or LoRA tools, the folder holds anything that is not ours, a stock
+            config cannot hold the shape that it should, or what comes back differs.
 
     Example:
         >>> import tempfile
@@ -91,6 +95,18 @@ def save_pretrained(
     network = network_in(model)
     architecture = stock_class(network)
     check_weights(network)
+    record = removals_of(network)
+    as_stock = record is None or record.reloads == "stock"
+    if stock and not as_stock:
+        raise refusal(
+            "A stock config cannot hold the shape of this model",
+            where=f"save_pretrained(stock=True), {architecture.__name__}",
+            got="; ".join(str(p).replace("\n", ", ") for p in record.plans) if record else "",
+            allowed="the same number of units in every layer, of kinds that its config has "
+            "a field for",
+            fix="leave stock out and load with lightning_prune.from_pretrained, or remove units "
+            "with uniform=True",
+        )
     place = Path(path).resolve()
     _check_place(place)
     callback = _jsonable(provenance)
@@ -99,12 +115,19 @@ def save_pretrained(
     draft = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
     try:
         with quiet(network), without_progress_bars():
-            network.save_pretrained(draft)
-            _name_architecture(draft, architecture.__name__)
+            how = getattr(network.config, "_attn_implementation", None)
+            if record is None or as_stock:
+                network.save_pretrained(draft)
+                _name_architecture(draft, architecture.__name__)
+                loaded = load(architecture, draft, how)
+            else:
+                write(network, draft, record)
+                _name_architecture(draft, architecture.__name__)
+                loaded = rebuild(architecture, draft, record.to_dict(), how)
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(draft))
-            verify(network, architecture, draft, inputs)
-        _write_manifest(draft, network, architecture.__name__, callback)
+            verify(network, loaded, inputs)
+        _write_manifest(draft, network, architecture.__name__, callback, record)
         _put_in_place(draft, place)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -118,7 +141,8 @@ def from_pretrained(path: str | Path) -> PreTrainedModel:
         path: The folder.
 
     Returns:
-        The model, of the stock class that its configuration names, in evaluation mode.
+        The model, of the class that its configuration names, in evaluation mode. A smaller model
+        whose shape no config can say is built whole and cut again.
 
     Raises:
         PruneError: If the folder is not one of ours, its architecture is unknown to the installed
@@ -145,7 +169,9 @@ def from_pretrained(path: str | Path) -> PreTrainedModel:
                 fix="save the model again; the stock loader loads the folder without this check",
             )
     with without_progress_bars():
-        model = load(class_named(manifest["architecture"], folder), folder)
+        kind = class_named(manifest["architecture"], folder)
+        stock = manifest["reloads"] == "stock"
+        model = load(kind, folder) if stock else rebuild(kind, folder, manifest["removals"])
     recorded, found = manifest["zeros_of_parameters"], zeros_of(model)
     for parameter in sorted(recorded.keys() | found.keys()):
         if recorded.get(parameter) != found.get(parameter):
@@ -240,14 +266,19 @@ def _name_architecture(folder: Path, name: str) -> None:
 
 
 def _write_manifest(
-    folder: Path, network: PreTrainedModel, architecture: str, callback: dict[str, Any] | None
+    folder: Path,
+    network: PreTrainedModel,
+    architecture: str,
+    callback: dict[str, Any] | None,
+    record: Removals | None,
 ) -> None:
     import transformers
 
     manifest = {
         "format": _FORMAT,
         "architecture": architecture,
-        "reloads": "stock",
+        "reloads": "stock" if record is None else record.reloads,
+        "removals": None if record is None else record.to_dict(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {
             "lightning_prune": __version__,

@@ -83,13 +83,9 @@ def _difference(what: str, name: str, saved: Tensor, loaded: Tensor) -> PruneErr
 
 
 def verify(
-    network: PreTrainedModel,
-    kind: type[PreTrainedModel],
-    folder: Path,
-    inputs: Mapping[str, Tensor] | None,
+    network: PreTrainedModel, loaded: PreTrainedModel, inputs: Mapping[str, Tensor] | None
 ) -> None:
-    """Loads a folder with a stock class and compares it with the model, bit for bit."""
-    loaded = load(kind, folder, getattr(network.config, "_attn_implementation", None))
+    """Compares what a folder gave with the model, bit for bit."""
     loaded.to(network.device).eval()  # type: ignore[arg-type]
     before, after = network.state_dict(), loaded.state_dict()
     if names := sorted(before.keys() ^ after.keys()):
@@ -97,7 +93,7 @@ def verify(
             "What was saved does not come back as it was: names differ",
             where=f"{type(network).__name__}.state_dict()",
             got=", ".join(names[:4]) + (f" and {len(names) - 4} more" * (len(names) > 4)),
-            allowed=f"the names of {kind.__name__}",
+            allowed=f"the names of {type(loaded).__name__}",
             fix="remove what other tools added to the model",
         )
     for name, saved in before.items():

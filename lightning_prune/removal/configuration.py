@@ -96,10 +96,15 @@ def reloads(
     kinds = {anatomy.groups[name].kind for name in masks}
     if not kinds <= set(anatomy.row.stock):
         return "manifest"
+    from huggingface_hub.errors import StrictDataclassError
+
+    config: Any = copy.deepcopy(network.config)
     try:
+        if callable(check := getattr(config, "validate", None)):
+            check()
         with torch.device("meta"):
-            stock = type(network)(copy.deepcopy(network.config))
-    except (ValueError, TypeError, RuntimeError):
+            stock = type(network)(config)
+    except (ValueError, TypeError, RuntimeError, StrictDataclassError):
         return "manifest"  # the config refuses these numbers
     mine = {n: tuple(p.shape) for n, p in network.named_parameters()}
     theirs = {n: tuple(p.shape) for n, p in stock.named_parameters()}

@@ -12,7 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lightning_prune.errors import PruneError, refusal
+from lightning_prune.errors import refusal
+from lightning_prune.reports.drawing import (
+    BLUE,
+    DENSE,
+    DPI,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    TRACK,
+    VERMILION,
+    no_matplotlib,
+)
 from lightning_prune.reports.history import Series, read_history
 
 if TYPE_CHECKING:
@@ -21,11 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Layer", "plot_layers", "plot_training"]
 
-# Okabe and Ito's palette, which stays apart for all common kinds of colour blindness.
-_BLUE, _ORANGE, _GREEN, _VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-_INK, _MUTED, _TRACK, _DENSE = "#222222", "#666666", "#ECEEF1", "#8A8F98"
 _MOST_ROWS = 56
-_DPI = 160
 
 
 class Layer(Protocol):
@@ -55,16 +63,6 @@ class _Bar:
     label: str
     weights: int
     zeros: int
-
-
-def _missing(error: ImportError) -> PruneError:
-    return refusal(
-        "Figures need matplotlib",
-        where="matplotlib",
-        got="it is not installed",
-        allowed="an environment with matplotlib",
-        fix="pip install 'lightning-prune[plots]'",
-    )
 
 
 def _merge(layers: Sequence[Layer], most: int) -> tuple[list[tuple[str, int, int]], bool]:
@@ -142,7 +140,7 @@ def plot_layers(
         from matplotlib.figure import Figure
         from matplotlib.ticker import PercentFormatter
     except ImportError as error:
-        raise _missing(error) from error
+        raise no_matplotlib() from error
     if not layers:
         raise refusal(
             "There is nothing to draw",
@@ -170,19 +168,19 @@ def plot_layers(
     labels = [_short(bar.label) for bar in bars]
     names = max(len(text) for text in (*labels, *headings.values()))
     inches = 0.205 * y + 1.3
-    figure = Figure(figsize=(5.6 + 0.075 * names, max(2.4, inches)), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(5.6 + 0.075 * names, max(2.4, inches)), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
-    axes.barh(heights, 1.0, height=0.74, color=_TRACK)
-    axes.barh(heights, shares, height=0.74, color=_BLUE)
+    axes.barh(heights, 1.0, height=0.74, color=TRACK)
+    axes.barh(heights, shares, height=0.74, color=BLUE)
     for height, share, bar in zip(heights, shares, bars, strict=True):
         for x, text, color in (
-            (1.095, ">99.9" if 0.9995 <= share < 1 else f"{100 * share:.1f}", _INK),
-            (1.215, _amount(bar.weights), _MUTED),
+            (1.095, ">99.9" if 0.9995 <= share < 1 else f"{100 * share:.1f}", INK),
+            (1.215, _amount(bar.weights), MUTED),
         ):
             axes.text(x, height, text, va="center", ha="right", fontsize=8, color=color)
     top = -1.0
     for x, text in ((1.095, "% zero"), (1.215, "weights")):
-        axes.text(x, top, text, va="center", ha="right", fontsize=8, color=_MUTED)
+        axes.text(x, top, text, va="center", ha="right", fontsize=8, color=MUTED)
 
     axes.set_yticks([*heights, *headings], [*labels, *headings.values()], fontsize=8.5)
     for tick in axes.get_yticklabels()[len(heights) :]:
@@ -191,7 +189,7 @@ def plot_layers(
     overall = sum(bar.zeros for bar in bars) / total if total else 0.0
     line = overall if target is None else target
     axes.plot(
-        [line, line], [-0.75, y - 0.25], color=_VERMILION, linewidth=1.3, linestyle=(0, (4, 2))
+        [line, line], [-0.75, y - 0.25], color=VERMILION, linewidth=1.3, linestyle=(0, (4, 2))
     )
     what = "overall" if target is None else "target"
     axes.text(
@@ -201,18 +199,18 @@ def plot_layers(
         va="center",
         ha="right" if line > 0.5 else "left",
         fontsize=8.5,
-        color=_VERMILION,
+        color=VERMILION,
     )
     axes.set_xlim(0, 1.225)
     axes.set_ylim(y - 0.2, top - 0.5)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0])
     axes.xaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
-    axes.tick_params(length=0, colors=_INK, labelsize=8.5)
-    axes.set_xlabel("weights that are exactly zero", color=_INK, loc="left", fontsize=9)
+    axes.tick_params(length=0, colors=INK, labelsize=8.5)
+    axes.set_xlabel("weights that are exactly zero", color=INK, loc="left", fontsize=9)
     for side in ("top", "right", "bottom", "left"):
         axes.spines[side].set_visible(False)
     shown = f"{title}, added up by module" if merged else title
-    axes.set_title(shown, loc="left", fontsize=11, fontweight="bold", color=_INK, pad=8)
+    axes.set_title(shown, loc="left", fontsize=11, fontweight="bold", color=INK, pad=8)
     if path is not None:
         figure.savefig(path)
     return figure, axes
@@ -247,11 +245,11 @@ def plot_training(
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator, PercentFormatter
     except ImportError as error:
-        raise _missing(error) from error
+        raise no_matplotlib() from error
     series = read_history(history)
     reference = {} if dense is None else read_history(dense)
     panels = _panels(series, metrics)
-    figure = Figure(figsize=(7.6, 0.7 + 1.95 * len(panels)), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(7.6, 0.7 + 1.95 * len(panels)), dpi=DPI, layout="constrained")
     grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)
     drawn: list[Axes] = [row[0] for row in grid]
     for axes, (heading, names) in zip(drawn, panels, strict=True):
@@ -261,13 +259,13 @@ def plot_training(
             else:
                 label = "" if name == heading else name
                 _draw(axes, label, series[name], place, reference.get(name), bool(reference))
-        axes.set_title(heading, loc="left", fontsize=9.5, fontweight="bold", color=_INK)
-        axes.grid(axis="y", color=_TRACK, linewidth=0.8)
+        axes.set_title(heading, loc="left", fontsize=9.5, fontweight="bold", color=INK)
+        axes.grid(axis="y", color=TRACK, linewidth=0.8)
         axes.set_axisbelow(True)
-        axes.tick_params(length=0, labelsize=8.5, colors=_INK)
+        axes.tick_params(length=0, labelsize=8.5, colors=INK)
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
-        axes.spines["bottom"].set_color(_DENSE)
+        axes.spines["bottom"].set_color(DENSE)
         if axes.get_legend_handles_labels()[1]:
             # beside the panel, so that it never lies on a curve
             axes.legend(
@@ -281,11 +279,11 @@ def plot_training(
             axes.set_ylim(0, 1.02)
             axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
             axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
-    drawn[-1].set_xlabel("optimizer steps", color=_INK, loc="left", fontsize=9)
+    drawn[-1].set_xlabel("optimizer steps", color=INK, loc="left", fontsize=9)
     drawn[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.align_ylabels(drawn)
     if title is not None:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=_INK)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
     if path is not None:
         figure.savefig(path)
     return figure, drawn
@@ -328,7 +326,7 @@ def _draw_sparsity(axes: Axes, name: str, series: Series) -> None:
         series.steps,
         series.values,
         where="post",
-        color=_ORANGE if target else _BLUE,
+        color=ORANGE if target else BLUE,
         linewidth=3.2 if target else 1.5,
         label=f"{name.removeprefix('sparsity/')}, {100 * series.last:.2f}% at the end",
     )
@@ -338,8 +336,8 @@ def _draw(
     axes: Axes, name: str, series: Series, place: int, dense: Series | None, compared: bool
 ) -> None:
     """Many points as a smoothed line over a faint one, few as dots; a dense run in grey."""
-    color = (_BLUE, _VERMILION, _GREEN, _ORANGE)[place % 4]
-    for one, tint, kind in ((dense, _DENSE, "dense"), (series, color, "pruned")):
+    color = (BLUE, VERMILION, GREEN, ORANGE)[place % 4]
+    for one, tint, kind in ((dense, DENSE, "dense"), (series, color, "pruned")):
         if one is None:
             continue
         many = len(one.steps) > 60
