@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Literal
 
 from lightning_prune.allocation import Allocation, as_allocation
-from lightning_prune.callbacks.observing import ObservingCallback
 from lightning_prune.callbacks.settings import Budget, Settings
+from lightning_prune.callbacks.structured import StructuredCallback
 from lightning_prune.criteria import Criterion, Magnitude, Random, Taylor
 from lightning_prune.errors import refusal
 from lightning_prune.patterns import Pattern, as_pattern
@@ -17,7 +17,7 @@ from lightning_prune.targets import as_globs
 __all__ = ["GradualMagnitudePruning"]
 
 
-class GradualMagnitudePruning(ObservingCallback):
+class GradualMagnitudePruning(StructuredCallback):
     """Sets the smallest weights to zero, a few more at every update, while the rest trains on.
 
     Weights are ranked by magnitude at each update; between updates pruned weights stay exactly
@@ -46,6 +46,14 @@ class GradualMagnitudePruning(ObservingCallback):
             for the zeros that are there already; these stay zero from the first step on.
         criterion: "magnitude", "taylor" (magnitude times gradient, a running mean), "random" (the
             baseline), or a `Criterion` object.
+        units: Kinds of units of a transformers model that go as a whole, by the mean score of their
+            selected weights: "heads", "query_heads", "head_dims", "ffn" (neurons), "hidden"
+            (channels of the residual stream), "attention" and "mlp" (sub-layers), "layers"; None
+            for weights one by one.
+        multiple_of: Neurons and channels stay in multiples of this number.
+        uniform: Whether all layers keep as many units of a kind, so that a stock config can say it.
+        compact: Whether to cut out of the model what is empty: False, True (when fit ends) or
+            "early" (after the last update: the rest of the run trains the small model).
         total_steps: The run's optimizer steps, where the Trainer cannot know them (manual
             optimization, data of unknown length) and start or end is a fraction.
 
@@ -75,6 +83,10 @@ class GradualMagnitudePruning(ObservingCallback):
         budget: Budget = "parameters",
         initial_sparsity: float | Literal["from_model"] = 0.0,
         criterion: str | Criterion = "magnitude",
+        units: str | list[str] | None = None,
+        multiple_of: int = 1,
+        uniform: bool = False,
+        compact: bool | Literal["early"] = False,
         total_steps: int | None = None,
     ) -> None:
         settings = Settings(
@@ -92,7 +104,15 @@ class GradualMagnitudePruning(ObservingCallback):
             initial_sparsity=initial_sparsity,
             total_steps=total_steps,
         )
-        super().__init__(settings, _as_criterion(criterion), as_allocation(allocation))
+        super().__init__(
+            settings,
+            _as_criterion(criterion),
+            as_allocation(allocation),
+            units=units,
+            multiple_of=multiple_of,
+            uniform=uniform,
+            compact=compact,
+        )
 
 
 def _as_criterion(value: str | Criterion) -> Criterion:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_prune.anatomy.families import Attention, Family, FeedForward, Stack
+from lightning_prune.anatomy.networks import config_number
+from lightning_prune.anatomy.slices import n_inputs, n_outputs
 from lightning_prune.errors import PruneError, refusal
 from lightning_prune.targets import is_transposed_linear
 
@@ -63,8 +64,7 @@ def _renamed(stack: Stack, count: int) -> Stack:
 
 
 def _stack(path: str, layer: nn.Module, network: nn.Module) -> Stack | None:
-    config: Any = network.config
-    size = int(config.hidden_size)
+    size = config_number(network, "hidden_size")
     linears = dict(_linears(layer))
     attentions, used = [], set()
     for block_path, block in layer.named_modules():
@@ -95,10 +95,7 @@ def _linears(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _shape(module: nn.Module) -> tuple[int, int]:
     """(outputs, inputs)."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)  # of a Linear
-    rows, columns = weight.shape
-    return (columns, rows) if is_transposed_linear(module) else (rows, columns)
+    return n_outputs(module), n_inputs(module)
 
 
 def _attention(

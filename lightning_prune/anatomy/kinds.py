@@ -6,7 +6,17 @@ from typing import Literal
 
 __all__ = ["KINDS", "Kind"]
 
-Kind = Literal["heads", "query_heads", "head_dims", "ffn", "hidden", "attention", "mlp", "layers"]
+Kind = Literal[
+    "heads",
+    "query_heads",
+    "head_dims",
+    "ffn",
+    "hidden",
+    "attention",
+    "mlp",
+    "layers",
+    "channels",
+]
 KINDS: tuple[Kind, ...] = (
     "heads",
     "query_heads",
@@ -16,4 +26,5 @@ KINDS: tuple[Kind, ...] = (
     "attention",
     "mlp",
     "layers",
+    "channels",
 )

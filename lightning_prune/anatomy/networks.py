@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from lightning_prune.errors import refusal
 
-__all__ = ["head_size", "network_in"]
+__all__ = ["config_number", "head_size", "network_in"]
 
 _HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
 
@@ -50,11 +48,32 @@ def network_in(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def head_size(block: nn.Module, network: nn.Module) -> int:
-    """Dimensions of one head of an attention block."""
+    """Dimensions of one head of an attention block.
+
+    Raises:
+        PruneError: If neither the block nor the config tells.
+    """
     for name in _HEAD_SIZES:
         if isinstance(value := getattr(block, name, None), int):
             return value
-    config: Any = network.config
-    return int(
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
+    heads = config_number(network, "num_attention_heads")
+    size: int | None = getattr(network.config, "head_dim", None)
+    return size or config_number(network, "hidden_size") // heads
+
+
+def config_number(network: nn.Module, name: str) -> int:
+    """A number from a network's config.
+
+    Raises:
+        PruneError: If the config has none of that name.
+    """
+    number = getattr(network.config, name, None)
+    if not isinstance(number, int):
+        raise refusal(
+            "The config of this network lacks a number that units are found by",
+            where=f"{type(network).__name__}.config.{name}",
+            got=repr(number),
+            allowed="networks with one residual stream, hidden_size wide, and attention heads",
+            fix="pass one of its parts, such as the text or the vision model, or leave units out",
+        )
+    return number

@@ -12,7 +12,17 @@ from lightning_prune.anatomy.units import Part
 from lightning_prune.errors import refusal
 from lightning_prune.targets import is_transposed_linear
 
-__all__ = ["at", "dims", "head_rows", "joined", "n_inputs", "n_outputs", "present"]
+__all__ = [
+    "Slices",
+    "at",
+    "check_heads",
+    "dims",
+    "head_rows",
+    "joined",
+    "n_inputs",
+    "n_outputs",
+    "present",
+]
 
 
 def at(module: nn.Module, path: str) -> Any:
@@ -49,6 +59,35 @@ def n_inputs(module: nn.Module) -> int:
     return int(weight.shape[0 if is_transposed_linear(module) else 1])
 
 
+def check_heads(
+    path: str, attention: Attention, outputs: list[int], shape: tuple[int, int, int]
+) -> None:
+    """Refuses projections whose outputs are not those of so many heads.
+
+    Args:
+        path: The attention's block.
+        attention: Its row.
+        outputs: Outputs of its ways in: of the fused one, or of query, key and value.
+        shape: Heads, key and value heads, and dimensions of a head.
+
+    Raises:
+        PruneError: If they are of another size, or keys are not shared evenly.
+    """
+    heads, groups, width = shape
+    wanted = [heads * width, groups * width, groups * width]
+    if attention.fused:
+        wanted = [sum(wanted)]
+    if outputs != wanted or not groups or heads % groups:
+        raise refusal(
+            "The projections of an attention do not fit its heads",
+            where=path,
+            got=f"{', '.join(map(str, outputs))} outputs",
+            allowed=f"{', '.join(map(str, wanted))}: {heads} queries and {groups} keys and values "
+            f"of {width}",
+            fix="leave units out, or add a row to lightning_prune/anatomy/families.py",
+        )
+
+
 def head_rows(
     attention: Attention, heads: int, groups: int, width: int
 ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
@@ -80,3 +119,41 @@ def joined(parts: list[Part]) -> list[Part]:
             )
         found[key] = part
     return list(found.values())
+
+
+class Slices:
+    """Parts of a network's tensors, by module.
+
+    Args:
+        network: The transformers model; a tied tensor has the name of its first place.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.names = {id(p): n for n, p in network.named_parameters()}
+        self.names |= {id(b): n for n, b in network.named_buffers()}
+
+    def part(self, tensor: Tensor, dim: int, index: Tensor) -> Part:
+        """Entries of one dimension of a tensor, by unit."""
+        return Part(tensor=self.names[id(tensor)], dim=dim, index=index)
+
+    def rows(self, module: nn.Module, index: Tensor) -> list[Part]:
+        """Outputs of a projection: rows of its weight, and its bias."""
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        parts = [self.part(weight, 1 if is_transposed_linear(module) else 0, index)]
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, Tensor):
+            parts.append(self.part(bias, 0, index))
+        return parts
+
+    def columns(self, module: nn.Module, index: Tensor) -> list[Part]:
+        """Inputs of a projection: columns of its weight."""
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        return [self.part(weight, 0 if is_transposed_linear(module) else 1, index)]
+
+    def every_row(self, module: nn.Module) -> list[Part]:
+        """All outputs of a projection, each one a unit."""
+        return self.rows(module, torch.arange(n_outputs(module))[:, None])
+
+    def every_column(self, module: nn.Module) -> list[Part]:
+        """All inputs of a projection, each one a unit."""
+        return self.columns(module, torch.arange(n_inputs(module))[:, None])

@@ -1,15 +1,16 @@
 """Which slices the channels of the residual stream own.
 
-Inside layers the family's row says so. Outside of them, embeddings, norms and patch projections of
-the stream's width write it. Whether a Linear reads it is seen by running the network with half of
-the channels silenced: what then gets exact zeros in these places reads the stream, and what gets
-something else (a classifier behind a pooler) does not.
+Inside layers the family's row says so. Outside of them, embeddings and patch projections of the
+stream's width write it. Whether a norm or a projection stands on it is seen by running the network
+with half of the channels silenced: what then gets exact zeros in these places reads the stream, and
+what gets something else (a classifier behind a pooler) does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,65 +57,66 @@ def stream_parts(
     index = torch.arange(size)[:, None]
     found: dict[tuple[str, int], Part] = {}
 
-    def add(tensor: Tensor, dim: int) -> None:
-        if tensor.shape[dim] == size and names[id(tensor)] not in apart:
-            name = names[id(tensor)]
+    def add(tensor: object, dim: int) -> None:
+        if not isinstance(tensor, nn.Parameter) or tensor.shape[dim] != size:
+            return
+        if (name := names[id(tensor)]) not in apart:
             found.setdefault((name, dim), Part(tensor=name, dim=dim, index=index))
 
     for part in writes:
         if part.index.shape[0] == size:
             found[part.tensor, part.dim] = part
     taken = {p.tensor for p in (*reads, *writes)}
-    norms: set[str] = set()
-    centred = False
-    unsure: dict[str, nn.Module] = {}
+    norms: dict[str, Any] = {}
+    unsure: dict[str, Any] = {}
     for path, module in network.named_modules():
-        weight = getattr(module, "weight", None)
-        linear = isinstance(module, nn.Linear) or is_transposed_linear(module)
+        bias = getattr(module, "bias", None)
         if isinstance(module, nn.Embedding):
             add(module.weight, 1)
-        elif isinstance(weight, nn.Parameter) and is_norm(module):
-            add(weight, 0)
-            norms.add(names[id(weight)])
-            centred |= isinstance(module, nn.LayerNorm)
-            if isinstance(bias := getattr(module, "bias", None), nn.Parameter):
-                add(bias, 0)
-        elif linear and isinstance(weight, nn.Parameter):
-            if names[id(weight)] in taken:
+        elif is_norm(module):
+            norms[path] = module
+        elif isinstance(module, nn.Linear) or is_transposed_linear(module):
+            if names[id(module.weight)] in taken:
                 continue
             if any(fnmatchcase(path, glob) for glob in row.writers):
-                add(weight, 1 if is_transposed_linear(module) else 0)
-                if isinstance(bias := getattr(module, "bias", None), nn.Parameter):
-                    add(bias, 0)
+                add(module.weight, 1 if is_transposed_linear(module) else 0)
+                add(bias, 0)
             unsure[path] = module
         elif isinstance(module, nn.Conv1d | nn.Conv2d):
-            add(module.weight, 0)
-            if module.bias is not None:
-                add(module.bias, 0)
+            if module.in_channels == size:
+                unsure[path] = module
+            else:
+                add(module.weight, 0)
+                add(bias, 0)
         else:
             for parameter in module.parameters(recurse=False):
                 if parameter.dim() and names[id(parameter)] not in taken:
                     add(parameter, parameter.dim() - 1)
-    writers = () if centred else tuple(p for p in found.values() if p.tensor not in norms)
-    readers = _readers(network, unsure, size, list(found.values()), inputs)
-    for module in readers:
-        weight = module.weight
-        assert isinstance(weight, Tensor)  # of a Linear
-        add(weight, 0 if is_transposed_linear(module) else 1)
+    writers = tuple(found.values())
+    sees = _sees(network, row, {**norms, **unsure}, size, writers, inputs)
+    on_stream = [m for path, m in norms.items() if sees.get(path, True)]
+    for module in on_stream:
+        add(getattr(module, "weight", None), 0)
+        add(getattr(module, "bias", None), 0)
+    for path, module in unsure.items():
+        if sees.get(path, False):
+            add(module.weight, 0 if is_transposed_linear(module) else 1)
     for part in reads:
         if part.index.shape[0] == size:
             found[part.tensor, part.dim] = part
-    return tuple(found.values()), writers
+    centred = any(isinstance(m, nn.LayerNorm) for m in on_stream)
+    return tuple(found.values()), () if centred else writers
 
 
-def _readers(
+def _sees(
     network: nn.Module,
-    candidates: Mapping[str, nn.Module],
+    row: Family,
+    places: Mapping[str, nn.Module],
     size: int,
     writers: Sequence[Part],
     inputs: Mapping[str, Tensor] | None,
-) -> list[nn.Module]:
-    """The candidates whose inputs are zero in the channels that all writers leave empty."""
+) -> dict[str, bool]:
+    """Which places get zeros in the channels that all writers leave empty; none that never runs."""
     silent = torch.randperm(size, generator=torch.Generator().manual_seed(0))[: max(1, size // 2)]
     parameters = dict(network.named_parameters())
     changed: dict[str, Tensor] = {}
@@ -124,19 +126,26 @@ def _readers(
             tensor = parameters[part.tensor].detach().clone()
         changed[part.tensor] = tensor.index_fill_(part.dim, silent.to(tensor.device), 0)
     verdicts: dict[str, bool] = {}
-    handles = []
-    for path, module in candidates.items():
 
-        def look(
-            module: nn.Module, given: tuple[Tensor, ...], output: object, path: str = path
-        ) -> None:
+    def look(path: str) -> Callable[..., Tensor | None]:
+        writes = any(fnmatchcase(path, glob) for glob in row.writers)
+
+        def hook(module: nn.Module, given: tuple[Any, ...], output: Any) -> Tensor | None:
             x = given[0] if given else None
+            dim = 1 if isinstance(module, nn.Conv1d | nn.Conv2d) else -1
             empty = False
-            if isinstance(x, Tensor) and x.dim() and x.shape[-1] == size:
-                empty = not bool(x[..., silent.to(x.device)].any())
+            if isinstance(x, Tensor) and x.dim() and x.shape[dim] == size:
+                empty = not bool(x.index_select(dim, silent.to(x.device)).any())
             verdicts[path] = verdicts.get(path, True) and empty
+            if not isinstance(output, Tensor) or writes:
+                return None
+            if is_norm(module):
+                return output.index_fill(-1, silent.to(output.device), 0) if empty else None
+            return torch.ones_like(output)  # what stands behind it is no longer the stream
 
-        handles.append(module.register_forward_hook(look))
+        return hook
+
+    handles = [module.register_forward_hook(look(path)) for path, module in places.items()]
     batch = example_inputs(network, length=4) if inputs is None else inputs
     device = next(network.parameters()).device
     try:
@@ -147,4 +156,4 @@ def _readers(
     finally:
         for handle in handles:
             handle.remove()
-    return [module for path, module in candidates.items() if verdicts.get(path, False)]
+    return verdicts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from lightning_prune.anatomy.families import Attention, Family, Stack, family_of
 from lightning_prune.anatomy.inference import infer
 from lightning_prune.anatomy.kinds import Kind
-from lightning_prune.anatomy.networks import head_size, network_in
+from lightning_prune.anatomy.networks import config_number, head_size, network_in
 from lightning_prune.anatomy.slices import (
+    Slices,
     at,
+    check_heads,
     dims,
     head_rows,
     joined,
@@ -24,7 +27,6 @@ from lightning_prune.anatomy.slices import (
 from lightning_prune.anatomy.stream import stream_parts
 from lightning_prune.anatomy.units import Anatomy, Block, Group, Part, Site
 from lightning_prune.errors import refusal
-from lightning_prune.targets import is_transposed_linear
 
 __all__ = ["survey"]
 
@@ -46,10 +48,17 @@ def survey(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Anat
     prefix, network = network_in(model)
     config: Any = network.config
     family = family_of(config.model_type)
-    row = family or infer(network)
+    row = infer(network) if family is None else _present(family, network)
     return _Surveyor(network, row, prefix, "inferred" if family is None else row.types[0]).run(
         inputs
     )
+
+
+def _present(family: Family, network: Any) -> Family:
+    """The row without the stacks that a half of an encoder and decoder lacks."""
+    there = {n for n, _ in network.base_model.named_children()}
+    found = tuple(s for s in family.stacks if s.layers.partition(".")[0] in there)
+    return replace(family, stacks=found or family.stacks)
 
 
 class _Surveyor:
@@ -58,8 +67,8 @@ class _Surveyor:
         self.base: nn.Module = network.base_model  # type: ignore[assignment]
         names = {id(m): n for n, m in network.named_modules()}
         self.root = f"{names[id(self.base)]}." if names[id(self.base)] else ""
-        self.names = {id(p): n for n, p in network.named_parameters()}
-        self.names |= {id(b): n for n, b in network.named_buffers()}
+        self.slices = Slices(network)
+        self.names = self.slices.names
         self.groups: dict[str, Group] = {}
         self.blocks: list[Block] = []
         self.missing: dict[str, str] = {}
@@ -71,8 +80,7 @@ class _Surveyor:
         for stack in self.row.stacks:
             self._stack(stack)
         self._head_dims()
-        config: Any = self.network.config
-        size = int(config.hidden_size)
+        size = config_number(self.network, "hidden_size")
         hidden, writers = stream_parts(
             self.network, self.row, size, self.reads, self.writes, self.apart, self.names, batch
         )
@@ -142,7 +150,11 @@ class _Surveyor:
                             path=f"{path}.{skip.silenced[0]}",
                             silenced=tuple(f"{path}.{p}" for p in skip.silenced),
                             passed=tuple(f"{path}.{p}" for p in skip.passed),
-                            pairs=tuple(f"{path}.{a.block}" for a in stack.attentions),
+                            pairs=tuple(
+                                f"{path}.{a.block}"
+                                for a in stack.attentions
+                                if a.block in skip.silenced
+                            ),
                             silent_if=self._ways_out(layer, stack, kind),
                         )
                     )
@@ -183,9 +195,13 @@ class _Surveyor:
                 groups = (n_outputs(query) // width - heads) // 2
         else:
             groups = n_outputs(at(block, attention.key)) // width
-        for p in (query, *(at(block, a) for a in (attention.key, attention.value) if a)):
-            self.reads += self._slice(p, "in")
-        self.writes += self._slice(out, "out")
+        ways_in = [query, *(at(block, a) for a in (attention.key, attention.value) if a)]
+        check_heads(
+            self._path(block), attention, [n_outputs(p) for p in ways_in], (heads, groups, width)
+        )
+        for p in ways_in:
+            self.reads += self.slices.every_column(p)
+        self.writes += self.slices.every_row(out)
         for norm in attention.norms:
             path = self._path(at(block, norm))
             self.apart |= {f"{path}.weight", f"{path}.bias"}
@@ -202,10 +218,10 @@ class _Surveyor:
         parts: list[Part] = []
         for module, rows in ((query, q), *self._kv(block, attention, kv, query)):
             if grouped or rows is q:
-                parts += self._rows(module, rows.reshape(n, -1))
-        parts += self._columns(out, o.reshape(n, -1))
+                parts += self.slices.rows(module, rows.reshape(n, -1))
+        parts += self.slices.columns(out, o.reshape(n, -1))
         if table is not None:
-            parts.append(self._part(table.weight, 1, torch.arange(heads).reshape(n, -1)))
+            parts.append(self.slices.part(table.weight, 1, torch.arange(heads).reshape(n, -1)))
         parts = joined(parts)
         name = (
             f"{stack.name}{attention.group}" if attention.shared else f"{place}.{attention.group}"
@@ -214,9 +230,9 @@ class _Surveyor:
             shared.setdefault(name, []).extend(parts)
         else:
             values = self._kv(block, attention, kv, query)[1]
-            silent = [tuple(self._columns(out, o.reshape(n, -1)))]
+            silent = [tuple(self.slices.columns(out, o.reshape(n, -1)))]
             if grouped:
-                silent.append(tuple(self._rows(values[0], values[1].reshape(n, -1))))
+                silent.append(tuple(self.slices.rows(values[0], values[1].reshape(n, -1))))
             self._add(
                 Group(
                     name=name,
@@ -230,7 +246,7 @@ class _Surveyor:
         if ratio > 1 and groups > 1:
             across = q.reshape(groups, ratio, width).transpose(0, 1).reshape(ratio, -1)
             outward = o.reshape(groups, ratio, width).transpose(0, 1).reshape(ratio, -1)
-            parts = [*self._rows(query, across), *self._columns(out, outward)]
+            parts = [*self.slices.rows(query, across), *self.slices.columns(out, outward)]
             self._add(
                 Group(
                     name=f"{place}.query_heads",
@@ -238,7 +254,7 @@ class _Surveyor:
                     layer=number,
                     size=ratio,
                     parts=tuple(parts),
-                    silent_if=(tuple(self._columns(out, outward)),),
+                    silent_if=(tuple(self.slices.columns(out, outward)),),
                 )
             )
         noted = self._note_dims(block, attention, place, number, width, (query, q), kv, (out, o))
@@ -284,10 +300,10 @@ class _Surveyor:
         modules = [query, *self._kv(block, attention, kv, query[0])]
         parts: list[Part] = []
         for module, rows in modules:
-            parts += self._rows(module, dims(rows, width, units))
-        parts += self._columns(out[0], dims(out[1], width, units))
+            parts += self.slices.rows(module, dims(rows, width, units))
+        parts += self.slices.columns(out[0], dims(out[1], width, units))
         for norm in attention.norms:
-            parts.append(self._part(at(block, norm).weight, 0, units))
+            parts.append(self.slices.part(at(block, norm).weight, 0, units))
         parts = joined(parts)
         name = "head_dims"
         if not pairs:
@@ -327,7 +343,7 @@ class _Surveyor:
             return
         units = torch.arange(group.size)[:, None]
         parts = [
-            self._part(buffer, 0, units)
+            self.slices.part(buffer, 0, units)
             for module in self._rotary()
             for buffer in (module.inv_freq, getattr(module, "original_inv_freq", None))
             if isinstance(buffer, Tensor) and id(buffer) in self.names
@@ -358,12 +374,12 @@ class _Surveyor:
         ins, out = [at(layer, n) for n in row.inputs], at(layer, row.output)
         size = n_inputs(out)
         rows = torch.arange(size)[:, None]
-        silent = [tuple(self._columns(out, rows))]
+        silent = [tuple(self.slices.columns(out, rows))]
         for module in ins:
-            self.reads += self._slice(module, "in")
+            self.reads += self.slices.every_column(module)
             for half in (rows, rows + size) if row.fused else (rows,):
-                silent.append(tuple(self._rows(module, half)))
-        self.writes += self._slice(out, "out")
+                silent.append(tuple(self.slices.rows(module, half)))
+        self.writes += self.slices.every_row(out)
         self._add(
             Group(
                 name=f"{place}.ffn",
@@ -375,27 +391,6 @@ class _Surveyor:
             )
         )
 
-    # Slices -------------------------------------------------------------------------------------
-
     def _path(self, module: nn.Module) -> str:
         path: str = next(n for n, m in self.network.named_modules() if m is module)
         return path
-
-    def _part(self, tensor: Tensor, dim: int, index: Tensor) -> Part:
-        return Part(tensor=self.names[id(tensor)], dim=dim, index=index)
-
-    def _rows(self, module: nn.Module, index: Tensor) -> list[Part]:
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        parts = [self._part(weight, 1 if is_transposed_linear(module) else 0, index)]
-        bias = getattr(module, "bias", None)
-        if isinstance(bias, Tensor):
-            parts.append(self._part(bias, 0, index))
-        return parts
-
-    def _columns(self, module: nn.Module, index: Tensor) -> list[Part]:
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        return [self._part(weight, 0 if is_transposed_linear(module) else 1, index)]
-
-    def _slice(self, module: nn.Module, side: str) -> list[Part]:
-        index = torch.arange(n_inputs(module) if side == "in" else n_outputs(module))[:, None]
-        return self._columns(module, index) if side == "in" else self._rows(module, index)

@@ -1,6 +1,7 @@
 """Units out of a network, for good: plans, surgery, and the proof that nothing else changed."""
 
 from lightning_prune.removal.compaction import compact as compact
+from lightning_prune.removal.compaction import compact_ as compact_
 from lightning_prune.removal.compaction import empty_units as empty_units
 from lightning_prune.removal.equivalence import check_equal as check_equal
 from lightning_prune.removal.equivalence import difference as difference
@@ -19,6 +20,7 @@ __all__ = [
     "Removals",
     "check_equal",
     "compact",
+    "compact_",
     "cut",
     "difference",
     "empty_units",

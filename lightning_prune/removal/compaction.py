@@ -15,9 +15,9 @@ from lightning_prune.errors import PruneError, refusal
 from lightning_prune.removal.equivalence import check_equal
 from lightning_prune.removal.plan import RemovalPlan
 from lightning_prune.removal.removing import remember, removals_of
-from lightning_prune.removal.surgery import check, cut
+from lightning_prune.removal.surgery import cut
 
-__all__ = ["compact", "empty_units"]
+__all__ = ["compact", "compact_", "empty_units"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -56,34 +56,43 @@ def compact(model: Model, inputs: Mapping[str, Tensor] | None = None) -> Model:
         >>> compact(net).config.intermediate_size
         3
     """
+    smaller = copy.deepcopy(model)
+    compact_(smaller, inputs)
+    return smaller
+
+
+def compact_(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> None:
+    """`compact`, in place."""
     _, network = network_in(model)
     anatomy = survey(network, inputs)
-    smaller = copy.deepcopy(model)
-    inner = network_in(smaller)[1]
-    empty = empty_units(network, anatomy)
+    masks = _proven(network, anatomy, inputs)
+    if masks:
+        plan = RemovalPlan.of(anatomy, masks)
+        before, config = removals_of(network), copy.deepcopy(network.config)
+        cut(network, anatomy, masks)
+        remember(network, before, config, anatomy, masks, plan)
+
+
+def _proven(
+    network: nn.Module, anatomy: Anatomy, inputs: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """Masks without units that give nothing, for which a cut copy gave equal outputs."""
     last: PruneError | None = None
     # An activation may give something for nothing, and a sub-layer's norm may do so, too.
-    for sites, ways_out in ((True, False), (False, False), (False, True)):
-        masks = _masks(
-            anatomy, empty if not ways_out else empty_units(network, anatomy, first=True)
-        )
+    for sites, first in ((True, False), (False, False), (False, True)):
+        masks = _masks(anatomy, empty_units(network, anatomy, first=first))
         if not sites:
             masks = {n: m for n, m in masks.items() if not anatomy.groups[n].sites}
         if not masks:
-            return smaller
-        plan = RemovalPlan.of(anatomy, masks)
+            return {}
         try:
-            check(network, anatomy, masks)
-            trial = copy.deepcopy(inner)
+            trial = copy.deepcopy(network)
             cut(trial, anatomy, masks)
             check_equal(network, trial, anatomy, masks, inputs, as_it_is=True)
         except PruneError as error:
             last = error
             continue
-        before = removals_of(inner)
-        cut(inner, anatomy, masks)
-        remember(inner, before, network.config, anatomy, masks, plan)
-        return smaller
+        return masks
     raise refusal(
         "What looks empty is not",
         where=type(network).__name__,

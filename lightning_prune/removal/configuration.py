@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -96,15 +95,13 @@ def reloads(
     kinds = {anatomy.groups[name].kind for name in masks}
     if not kinds <= set(anatomy.row.stock):
         return "manifest"
-    from huggingface_hub.errors import StrictDataclassError
-
-    config: Any = copy.deepcopy(network.config)
+    config: Any = network.config
     try:
-        if callable(check := getattr(config, "validate", None)):
-            check()
+        for valid in getattr(config, "__class_validators__", ()):
+            valid(config)  # what a stock class asks of a config that it reads
         with torch.device("meta"):
-            stock = type(network)(config)
-    except (ValueError, TypeError, RuntimeError, StrictDataclassError):
+            stock = type(network)(type(config).from_dict(config.to_dict()))
+    except (ValueError, TypeError, RuntimeError):
         return "manifest"  # the config refuses these numbers
     mine = {n: tuple(p.shape) for n, p in network.named_parameters()}
     theirs = {n: tuple(p.shape) for n, p in stock.named_parameters()}

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from lightning_prune.anatomy import Anatomy
 from lightning_prune.anatomy.trials import Changed, example_inputs, outputs_of, quiet
-from lightning_prune.errors import refusal
+from lightning_prune.errors import PruneError, refusal
 from lightning_prune.removal.masked import masked_weights, silenced
 
 __all__ = ["TOLERANCE", "check_equal", "difference"]
 
 TOLERANCE = 1e-5
+_BROKEN = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError)
 
 
 def difference(
@@ -46,13 +47,16 @@ def difference(
     batch = example_inputs(network, batch=2) if inputs is None else inputs
     device = next(network.parameters()).device
     on = {name: value.to(device) for name, value in batch.items()}
-    if "use_cache" not in on and hasattr(network.config, "use_cache"):
+    if "use_cache" not in on and hasattr(getattr(network, "config", None), "use_cache"):
         on["use_cache"] = False  # type: ignore[assignment]
     silent = {} if as_it_is else masks
     call = Changed(network, masked_weights(network, anatomy, silent))
     with quiet(network), quiet(smaller), silenced(network, anatomy, silent):
         wanted = dict(outputs_of(call, on, inputs is None))
-        got = dict(outputs_of(smaller, on, inputs is None))
+        try:
+            got = dict(outputs_of(smaller, on, False))
+        except _BROKEN as error:
+            raise _wrong(network, anatomy, f"{type(error).__name__}: {error}") from error
     hidden = masks.get("hidden")
     worst, compared = 0.0, 0
     for name, a in wanted.items():
@@ -117,11 +121,15 @@ def check_equal(
     again = difference(first, second, anatomy, masks, doubled, as_it_is=as_it_is)
     if again <= TOLERANCE:
         return again
-    raise refusal(
+    raise _wrong(network, anatomy, f"a relative difference of {again:.2g}")
+
+
+def _wrong(network: nn.Module, anatomy: Anatomy, got: str) -> PruneError:
+    return refusal(
         "The smaller network would not give what the masked one gives, so nothing is removed",
         where=f"{type(network).__name__}, family {anatomy.family}",
-        got=f"a relative difference of {again:.2g}",
-        allowed=f"at most {TOLERANCE:g}",
+        got=got,
+        allowed=f"the same outputs, with a relative difference of at most {TOLERANCE:g}",
         fix="add a row for this family to lightning_prune/anatomy/families.py"
         if anatomy.family == "inferred"
         else "report it, with the network's config",

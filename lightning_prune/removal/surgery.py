@@ -19,6 +19,24 @@ from lightning_prune.targets import is_transposed_linear
 
 __all__ = ["Change", "Nothing", "check", "cut"]
 
+_CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+_CHANNEL_NORMS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
@@ -89,7 +107,8 @@ def cut(network: nn.Module, anatomy: Anatomy, masks: Mapping[str, Tensor]) -> li
         _delete_layers(network, path, anatomy, [s.path for s in gone if s.deleted])
     if gone:
         _number_layers(network, anatomy, mixed=len(kinds) > 1)
-    tell_config(network, anatomy, masks)
+    if anatomy.lists:  # what has channels alone has no config that speaks of them
+        tell_config(network, anatomy, masks)
     left = {id(p) for p in network.parameters()}
     found = []
     for name, old in before.items():
@@ -130,7 +149,7 @@ def check(network: nn.Module, anatomy: Anatomy, masks: Mapping[str, Tensor]) -> 
 
 
 def _layer_types(network: Any) -> set[str]:
-    return set(getattr(network.config, "layer_types", None) or ())
+    return set(getattr(getattr(network, "config", None), "layer_types", None) or ())
 
 
 # Tensors ----------------------------------------------------------------------------------------
@@ -223,6 +242,8 @@ def _offset(module: nn.Module, weight: Tensor) -> float:
 
 def _tell_shape(module: Any) -> None:
     weight = getattr(module, "weight", None)
+    if isinstance(module, _CHANNEL_NORMS):
+        module.num_features = len(module.running_mean if weight is None else weight)
     if not isinstance(weight, Tensor):
         return
     if isinstance(module, nn.Linear):
@@ -231,8 +252,16 @@ def _tell_shape(module: Any) -> None:
         module.nx, module.nf = weight.shape
     elif isinstance(module, nn.Embedding):
         module.embedding_dim = weight.shape[1]
-    elif isinstance(module, nn.Conv1d | nn.Conv2d):
-        module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
+    elif isinstance(module, _CONVOLUTIONS):
+        rows, columns = weight.shape[:2]
+        if module.groups == module.in_channels == module.out_channels:  # depthwise
+            module.groups = rows if module.groups > 1 else 1
+        columns *= module.groups
+        module.out_channels, module.in_channels = (
+            (columns, rows) if module.transposed else (rows, columns)
+        )
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(weight)
     elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
         module.normalized_shape = tuple(weight.shape)
 
@@ -286,8 +315,7 @@ def _delete_layers(network: nn.Module, path: str, anatomy: Anatomy, gone: list[s
     numbers = [int(g.rpartition(".")[2]) for g in gone if g.rpartition(".")[0] == path]
     if not numbers:
         return
-    layers = network.get_submodule(path)
-    assert isinstance(layers, nn.ModuleList)  # checked by the survey
+    layers = network.get_submodule(path).children()
     stays = [layer for i, layer in enumerate(layers) if i not in numbers]
     for block in anatomy.blocks:
         if block.table and block.path.startswith(f"{path}.0.") and 0 in numbers:

@@ -29,7 +29,7 @@ ROOMS = [
     ],
     ["masks", "observers", "policy", "usage", "followers"],
     ["apply", "gates", "anatomy"],
-    ["remembered", "removal", "lora", "reports"],
+    ["remembered", "removal", "unit_policy", "lora", "reports"],
     ["export", "distillation", "tasks"],
     ["callbacks"],
     ["cli"],

@@ -1,0 +1,354 @@
+"""Whole units in masks while training, and out of the model at its end."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from lightning_prune.allocation import Allocation, Global
+from lightning_prune.anatomy import KINDS, survey
+from lightning_prune.anatomy.networks import network_in
+from lightning_prune.callbacks.averages import averages_weights, swaps_weights
+from lightning_prune.callbacks.observing import ObservingCallback
+from lightning_prune.callbacks.settings import Settings
+from lightning_prune.criteria import Criterion, Observer
+from lightning_prune.errors import NoEffectWarning, refusal
+from lightning_prune.followers import Members
+from lightning_prune.masks import MaskSet
+from lightning_prune.patterns import Unstructured
+from lightning_prune.removal import RemovalPlan, compact_, removals_of, remove, replay
+from lightning_prune.removal.masked import silence
+from lightning_prune.targets import Excluded, Selection, Target, as_globs, select
+from lightning_prune.unit_policy import Layout, UnitMembers
+
+__all__ = ["StructuredCallback"]
+
+_BYPASSED = ("hidden", "attention", "mlp", "layers")
+
+
+class StructuredCallback(ObservingCallback):
+    """A mask callback that can prune whole units, and cut them out of the model.
+
+    Args:
+        settings: How much, when, and of which weights.
+        criterion: Scores of weights; a unit's is their mean.
+        allocation: How the budget spreads over tensors; units are always ranked over all.
+        units: Kinds of units, or None for weights one by one.
+        multiple_of: Neurons and channels stay in multiples of this.
+        uniform: Whether all layers keep as many.
+        compact: Whether to cut out of the model what is empty: False, True (at the end of fit) or
+            "early" (after the last update, so that the rest of the run trains the small model).
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        criterion: Criterion,
+        allocation: Allocation,
+        *,
+        units: str | list[str] | None = None,
+        multiple_of: int = 1,
+        uniform: bool = False,
+        compact: bool | str = False,
+    ) -> None:
+        super().__init__(settings, criterion, allocation)
+        self.units = as_globs(units)
+        self.multiple_of, self.uniform, self.compact = multiple_of, uniform, compact
+        self._layout: Layout | None = None
+        self._kept: dict[str, Tensor] = {}
+        self._hooks: list[RemovableHandle] = []
+        self._removed: dict[str, Any] | None = None  # the record of what was cut out mid-run
+        self._check_arguments()
+
+    def _check_arguments(self) -> None:
+        name, units = self.name, self.units
+        if units is not None and (not units or any(u not in KINDS for u in units)):
+            raise refusal(
+                "Unknown kind of unit",
+                where=f"{name}(units=...)",
+                got=list(units),
+                allowed=", ".join(map(repr, KINDS)),
+                fix="write units=['heads', 'ffn'], or leave it out for single weights",
+            )
+        step = self.multiple_of
+        if isinstance(step, bool) or not isinstance(step, int) or step < 1:
+            raise refusal(
+                "Sizes stay multiples of a whole number",
+                where=f"{name}(multiple_of=...)",
+                got=step,
+                allowed="an integer >= 1",
+                fix="write multiple_of=8",
+            )
+        if self.compact not in (False, True, "early"):
+            raise refusal(
+                "Unknown time to cut empty units out",
+                where=f"{name}(compact=...)",
+                got=self.compact,
+                allowed="False, True (when fit ends) or 'early' (after the last update)",
+                fix="write compact=True",
+            )
+        if units is None:
+            if step != 1 or self.uniform:
+                raise refusal(
+                    "Only units have sizes that can be rounded or made equal",
+                    where=f"{name}(multiple_of=..., uniform=...)",
+                    got="no units",
+                    allowed="both together with units",
+                    fix="write units=['heads', 'ffn'], or leave them out",
+                )
+            return
+        plain = isinstance(self.settings.pattern, Unstructured)
+        if not plain or not isinstance(self.policy.allocation, Global):
+            raise refusal(
+                "Units are a pattern and an allocation of their own",
+                where=f"{name}(units=..., pattern=..., allocation=...)",
+                got=f"{self.settings.pattern}, {self.policy.allocation}",
+                allowed="pattern='unstructured' and allocation='global'",
+                fix="leave pattern and allocation out",
+            )
+        bypassed = [u for u in units if u in _BYPASSED]
+        if bypassed and not self.compact:
+            raise refusal(
+                "Zeros alone do not stand for these units: norms and skips must follow",
+                where=f"{name}(units=..., compact=False)",
+                got=bypassed,
+                allowed="compact=True, which cuts them out of the model at the end",
+                fix="write compact=True, or units=['heads', 'ffn']",
+            )
+        if self.settings.initial_sparsity != 0:
+            raise refusal(
+                "Units start whole",
+                where=f"{name}(units=..., initial_sparsity=...)",
+                got=self.settings.initial_sparsity,
+                allowed="initial_sparsity=0.0",
+                fix="call lightning_prune.compact(model) first: it removes what is empty already",
+            )
+
+    # What is pruned -----------------------------------------------------------------------------
+
+    def selection(self, model: torch.nn.Module) -> Selection:
+        """What this callback would prune in a model, and what not and why."""
+        plain = super().selection(model)
+        if self.units is None or self._removed is not None:
+            return plain
+        layout = self._lay_out(model)
+        names = {layout.anatomy.prefix + name for name in layout.tensors_touched}
+        left = [
+            Excluded(name=t.name, size=t.size, reason=f"belongs to no unit of {list(self.units)}")
+            for t in plain.targets
+            if t.name not in names
+        ]
+        inside = tuple(t for t in plain.targets if t.name in names)
+        return Selection(targets=inside, excluded=(*plain.excluded, *left))
+
+    def members(self, model: torch.nn.Module) -> Members:
+        """What is selected, and all else that goes with its units."""
+        if self._removed is not None:
+            return Members(())
+        if self.units is None:
+            return super().members(model)
+        layout = self._lay_out(model)
+        names = {layout.anatomy.prefix + name for name in layout.tensors_touched}
+        selected = self.selection(model).targets
+        chosen = {t.name for t in selected}
+        self._check_selection(layout, chosen)
+        rest = sorted(names - chosen)
+        others = select(model, rest, frozen=True).targets if rest else ()
+        return UnitMembers(selected=selected, others=others, layout=layout)
+
+    def _lay_out(self, model: torch.nn.Module) -> Layout:
+        return Layout(
+            anatomy=survey(model),
+            kinds=self.units or (),
+            multiple_of=self.multiple_of,
+            uniform=self.uniform,
+        )
+
+    def _check_selection(self, layout: Layout, chosen: set[str]) -> None:
+        prefix = layout.anatomy.prefix
+        for group in layout.groups:
+            owned = [prefix + p.tensor for p in group.parts]
+            owned += [prefix + n for n in layout.anatomy.shapes for s in group.sites if s.owns(n)]
+            if not chosen.intersection(owned):
+                raise refusal(
+                    "No selected weight belongs to a unit, so that it has no score",
+                    where=f"{self.name}(units=...), {group.name}",
+                    got=f"{len(chosen)} selected weights elsewhere",
+                    allowed="a selection with weights of every unit",
+                    fix="change targets and exclude, or leave this kind of unit out",
+                )
+
+    # Set-up -------------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Gives a model the shape that it had when the checkpoint was written."""
+        super().setup(trainer, pl_module, stage)
+        if not self.compact:
+            return
+        network = network_in(pl_module)[1]
+        before = removals_of(network)
+        if self._removed is not None and before is None:
+            raise refusal(
+                "This callback has cut another model",
+                where=f"{self.name}(compact={self.compact!r})",
+                got="a second fit with a model that is whole",
+                allowed="the model that was cut",
+                fix="make a new callback for it",
+            )
+        if before is None:
+            self._cut_before_load(pl_module, network)
+
+    def _cut_before_load(self, pl_module: L.LightningModule, network: torch.nn.Module) -> None:
+        """Sees a checkpoint before its weights are loaded, which no hook of a callback does."""
+        plain = pl_module.on_load_checkpoint
+
+        def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+            record = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("removed")
+            if record:
+                replay(network, record)
+                self._removed = record
+            plain(checkpoint)
+
+        vars(pl_module)["on_load_checkpoint"] = on_load_checkpoint
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Attaches what masks on weights cannot stand for: skipped layers, norms of fewer."""
+        vars(pl_module).pop("on_load_checkpoint", None)
+        if self.compact == "early":
+            self._check_early(trainer)
+        super().on_fit_start(trainer, pl_module)
+        members = self._members
+        if isinstance(members, UnitMembers) and members.layout is not None:
+            self._layout = members.layout
+            groups = self._layout.groups
+            self._kept = {g.name: torch.ones(g.size, dtype=torch.bool) for g in groups}
+            network = network_in(pl_module)[1]
+            self._hooks = silence(network, self._layout.anatomy, self._kept)
+            self._follow()
+
+    def _check_early(self, trainer: L.Trainer) -> None:
+        single = isinstance(trainer.strategy, SingleDeviceStrategy)
+        averaged = averages_weights(trainer) or swaps_weights(trainer)
+        if self.units is None or not single or averaged:
+            raise refusal(
+                "Nothing can be cut out of a model in the middle of this run",
+                where=f"{self.name}(compact='early')",
+                got="no units"
+                if self.units is None
+                else "a callback that averages weights"
+                if averaged
+                else type(trainer.strategy).__name__,
+                allowed="units, one process, and no averaging",
+                fix="write compact=True, which cuts when fit ends",
+            )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Lays the schedule onto the run; units that a resumed state has lost stay lost."""
+        actual = self._actual
+        super().on_train_start(trainer, pl_module)
+        if self._removed is not None:
+            self._actual = actual
+        self._follow()
+
+    # Training -----------------------------------------------------------------------------------
+
+    def _observe(self, observer: Observer, target: Target, gradient: Tensor, scale: float) -> None:
+        if self._layout is None or target.name in self._selected:
+            super()._observe(observer, target, gradient, scale)
+
+    @property
+    def _selected(self) -> frozenset[str]:
+        return frozenset(t.name for t in self._members.selected)
+
+    def _update(self, sparsity: float) -> None:
+        super()._update(sparsity)
+        self._follow()
+
+    def _follow(self) -> None:
+        """Tells the hooks which units are left."""
+        if self._layout is not None and self._masks is not None and self._removed is None:
+            for name, kept in self._layout.kept(self._masks).items():
+                self._kept[name].copy_(kept)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """After the last update, cuts the model where that was asked for."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self.compact == "early" and self.finished and self._removed is None:
+            self._cut(trainer, pl_module)
+            counts = self._counter.counts
+            self._counter.attach(trainer.optimizers, (), self._after_step, ())
+            self._counter.start_at(counts)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Lets go of the model, and cuts it where that was asked for."""
+        super().on_fit_end(trainer, pl_module)
+        if self.compact and self._removed is None and self.finished:
+            self._cut(trainer, pl_module)
+
+    def _cut(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._unhook()
+        if self._layout is None:
+            compact_(pl_module)
+        else:
+            plan = RemovalPlan.of(self._layout.anatomy, self._kept)
+            remove(pl_module, plan, optimizers=trainer.optimizers)
+        record = removals_of(pl_module)
+        if record is None:
+            warnings.warn(
+                f"{self.name}(compact=True) cut nothing out of the model: no head, neuron, channel "
+                "or layer is empty. A row of zeros whose bias is not zero still gives something",
+                NoEffectWarning,
+                stacklevel=2,
+            )
+            return
+        self._removed = record.to_dict()
+        self._members, self._masks = Members(()), MaskSet({})
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Lets go of the model."""
+        vars(pl_module).pop("on_load_checkpoint", None)
+        super().teardown(trainer, pl_module, stage)
+
+    def _release(self) -> None:
+        super()._release()
+        self._unhook()
+
+    def _unhook(self) -> None:
+        for handle in self._hooks:
+            handle.remove()
+        self._hooks.clear()
+
+    # State --------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The masks' state, and the record of what was cut out."""
+        state = super().state_dict()
+        if state and self._removed is not None and self._timeline is not None:
+            state |= {"removed": self._removed, "actual": self._actual}
+        return state
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        super()._restore(state)
+        self._actual = float(state.get("actual", self._actual))
+
+    def _asked(self) -> dict[str, str]:
+        if self.units is None:
+            return super()._asked()
+        return super()._asked() | {
+            "units": ", ".join(self.units),
+            "multiple_of": str(self.multiple_of),
+            "uniform": str(self.uniform),
+        }

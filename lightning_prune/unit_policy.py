@@ -1,0 +1,357 @@
+"""Mask updates over units that lie in several tensors: heads, neurons, channels, layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from lightning_prune.anatomy import Anatomy, Counter, Group
+from lightning_prune.anatomy.scores import unit_scores
+from lightning_prune.distributed import Shards
+from lightning_prune.errors import refusal
+from lightning_prune.followers import Members
+from lightning_prune.policy import Policy
+from lightning_prune.targets import Target
+
+__all__ = ["Layout", "UnitMembers", "UnitPolicy"]
+
+_ROUNDED = ("ffn", "hidden")
+_SLACK = 1e-6  # of a count, for rounding
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Which units may go, and in which steps.
+
+    Attributes:
+        anatomy: What the network is made of.
+        kinds: The kinds of units that may go.
+        multiple_of: Neurons and channels stay in multiples of this number.
+        uniform: Whether all layers keep as many units of a kind.
+    """
+
+    anatomy: Anatomy
+    kinds: tuple[str, ...]
+    multiple_of: int = 1
+    uniform: bool = False
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups whose units may go."""
+        return tuple(g for kind in self.kinds for g in self.anatomy.of(kind))
+
+    @property
+    def tensors_touched(self) -> set[str]:
+        """Names of the parameters that units own a part of."""
+        names = set(self.anatomy.itemsizes)
+        touched = {p.tensor for g in self.groups for p in g.parts}
+        sites = [site for g in self.groups for site in g.sites]
+        return (touched & names) | {n for n in names if any(s.owns(n) for s in sites)}
+
+    def kept(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Which units are left, seen from masks of tensors.
+
+        Args:
+            masks: Bool masks by parameter name of the module; tensors left out are whole.
+
+        Returns:
+            Bool masks by group name: a unit is gone when all its entries are.
+        """
+        prefix = self.anatomy.prefix
+        given = {n.removeprefix(prefix): m for n, m in masks.items()}
+        found: dict[str, Tensor] = {}
+        for group in self.groups:
+            kept = torch.ones(group.size, dtype=torch.bool)
+            for number, site in enumerate(group.sites):
+                owned = [m for n, m in given.items() if site.owns(n)]
+                kept[number] = not owned or any(bool(m.any()) for m in owned)
+            found[group.name] = kept
+        gone = self.anatomy.removed_sites(found)
+        for group in self.groups:
+            # what lies in a layer that is gone says nothing of the others
+            parts = [
+                p
+                for p in group.parts
+                if p.tensor in given and not any(site.owns(p.tensor) for site in gone)
+            ]
+            used = torch.full((group.size,), not parts)
+            for part in parts:
+                mask = given[part.tensor].cpu()
+                others = [d for d in range(mask.dim()) if d != part.dim]
+                used |= (mask.any(others) if others else mask)[part.index].any(1)
+            if group.parts:
+                found[group.name] = used
+        return found
+
+    def alive(self, kept: Mapping[str, Tensor]) -> list[Group]:
+        """The groups that do not lie in a sub-layer or layer that is gone."""
+        gone = self.anatomy.removed_sites(kept)
+        return [
+            g
+            for g in self.groups
+            if not g.parts or not all(any(s.owns(p.tensor) for s in gone) for p in g.parts)
+        ]
+
+    def tensors(
+        self, kept: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Masks of tensors from those of units.
+
+        Args:
+            kept: Bool masks by group name.
+            shapes: Shapes of the tensors to give masks of, by the network's own names.
+
+        Yields:
+            Name and bool mask.
+        """
+        entries = self.anatomy.entries(kept)
+        gone = self.anatomy.removed_sites(kept)
+        for name, shape in shapes.items():
+            mask = torch.ones(shape, dtype=torch.bool)
+            for dim, stays in entries.get(name, {}).items():
+                mask &= stays.view([-1 if d == dim else 1 for d in range(len(shape))])
+            if any(site.owns(name) for site in gone):
+                mask.zero_()
+            yield name, mask
+
+
+@dataclass(frozen=True, slots=True)
+class UnitMembers(Members):
+    """Selected weights, and everything else that goes with their units.
+
+    Args:
+        selected: The weights that sparsity is counted over.
+        followers: Unused.
+        others: Parameters that lose entries with units, and are not counted: biases, norms,
+            embeddings.
+        layout: Which units may go.
+    """
+
+    others: tuple[Target, ...] = ()
+    layout: Layout | None = field(default=None, repr=False)
+
+    @property
+    def everything(self) -> tuple[Target, ...]:
+        """All that gets a mask."""
+        return self.selected + self.others
+
+    def led(self, policy: Policy) -> Policy:
+        """The policy that ranks units.
+
+        Raises:
+            PruneError: If a weight is split over ranks.
+        """
+        split = [t.name for t in self.everything if t.sharded]
+        if split:
+            raise refusal(
+                "Units over several parameters are not put together from several ranks",
+                where=split[0],
+                got="a weight that is split over ranks (FSDP2)",
+                allowed="weights that every rank holds whole",
+                fix="leave units out, or train with DDP",
+            )
+        if self.layout is None:
+            return policy
+        return UnitPolicy(
+            criterion=policy.criterion,
+            pattern=policy.pattern,
+            allocation=policy.allocation,
+            min_density=policy.min_density,
+            costs=policy.costs,
+            layout=self.layout,
+            everything=self.everything,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """Units that go together: numbers by group name, and their score."""
+
+    score: float
+    units: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @property
+    def chain(self) -> str:
+        """What names the steps that must go one after the other."""
+        return self.units[0][0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitPolicy(Policy):
+    """Removes the units with the least score per weight until the budget is met.
+
+    A unit's score is the mean of its selected weights' scores. Sizes are counted for the whole
+    network at once, since a channel of the stream takes a piece of every neuron with it.
+
+    Attributes:
+        layout: Which units may go, and in which steps.
+        everything: All parameters that get masks.
+    """
+
+    layout: Layout
+    everything: tuple[Target, ...] = field(repr=False)
+
+    def check(self, targets: Sequence[Target], sparsity: float | None, shards: Shards) -> None:
+        """Refuses a budget that cannot be met while every group keeps a unit."""
+        if sparsity is None:
+            return
+        fewest = {g.name: torch.zeros(g.size, dtype=torch.bool) for g in self.layout.groups}
+        for group in self.layout.groups:
+            fewest[group.name][: self._least(group)] = True
+        counter = self._counter(targets)
+        total, least = float(counter.count({})), float(counter.count(fewest))
+        if least > (1 - sparsity) * total + 1e-6:
+            raise refusal(
+                "The budget cannot be met while every group keeps a unit",
+                where=f"units={list(self.layout.kinds)}, sparsity={sparsity}",
+                got=f"at least {least / total:.1%} of the weights would be left",
+                allowed=f"a sparsity of at most {1 - least / total:.4f}",
+                fix="lower the sparsity, or let more kinds of units go: "
+                + ", ".join(sorted({g.kind for g in self.layout.anatomy} - {"head_dims"})),
+            )
+
+    def masks(
+        self,
+        targets: Sequence[Target],
+        masks: Mapping[str, Tensor],
+        *,
+        sparsity: float,
+        final: float,
+        shards: Shards,
+    ) -> Iterator[tuple[Target, Tensor]]:
+        """Chooses new masks; see `Policy.masks`."""
+        self._check_finite(targets, shards)
+        prefix = self.layout.anatomy.prefix
+        kept = self.choose(targets, self.layout.kept(masks), sparsity, final)
+        by_name = {t.name.removeprefix(prefix): t for t in self.everything}
+        shapes = {n: tuple(t.shape) for n, t in by_name.items()}
+        for name, mask in self.layout.tensors(kept, shapes):
+            target = by_name[name]
+            yield target, mask.to(target.local.device)
+
+    def choose(
+        self,
+        targets: Sequence[Target],
+        kept: Mapping[str, Tensor],
+        sparsity: float,
+        final: float,
+    ) -> dict[str, Tensor]:
+        """Which units stay.
+
+        Units go in the order of their scores until the rest fits. A large one may take more than
+        is due now, but not more than is due at the end: then smaller ones go in its place.
+
+        Args:
+            targets: The selected weights.
+            kept: Which are left; what is gone stays gone.
+            sparsity: The fraction of the budget that goes, in [0, 1).
+            final: The same at the end.
+
+        Returns:
+            Bool masks by group name.
+        """
+        counter = self._counter(targets)
+        steps = self._steps(targets, kept)
+        total = float(counter.count({}))
+
+        def after(removed: Sequence[_Step]) -> dict[str, Tensor]:
+            masks = {name: mask.clone() for name, mask in kept.items()}
+            for step in removed:
+                for name, units in step.units:
+                    masks[name][list(units)] = False
+            return masks
+
+        def size(removed: Sequence[_Step]) -> float:
+            return float(counter.count(after(removed)))
+
+        def fewest(base: Sequence[_Step], more: Sequence[_Step]) -> list[_Step]:
+            """The base, and as few more as make it fit; all of them if nothing does."""
+            low, high = 0, len(more)
+            while low < high:
+                middle = (low + high) // 2
+                enough = size([*base, *more[:middle]]) <= (1 - sparsity) * total + _SLACK
+                low, high = (low, middle) if enough else (middle + 1, high)
+            return [*base, *more[:low]]
+
+        chosen = fewest([], steps)
+        floor = (1 - final) * total
+        while chosen and size(chosen) < floor - _SLACK:
+            large, base = chosen[-1], chosen[:-1]
+            before = size(base)
+            if before <= (1 - sparsity) * total + _SLACK:
+                break
+            costs = {
+                s.chain: before - size([*base, s])
+                for s in reversed(steps[len(base) + 1 :])
+                if s.chain != large.chain
+            }
+            cost = before - size(chosen)
+            smaller = [s for s in steps[len(base) + 1 :] if costs.get(s.chain, cost) < cost]
+            other = fewest(base, smaller)
+            if not smaller or not size(chosen) < size(other) <= (1 - sparsity) * total + _SLACK:
+                break
+            chosen = other
+        return after(chosen)
+
+    def _least(self, group: Group) -> int:
+        least = max(1, -(-int(self.min_density * group.size * 1e9) // 10**9))
+        step = self.layout.multiple_of if group.kind in _ROUNDED else 1
+        return min(group.size, -(-least // step) * step)
+
+    def _counter(self, targets: Sequence[Target]) -> Counter:
+        prefix = self.layout.anatomy.prefix
+        uses = {t.name.removeprefix(prefix): float(self.costs.get(t.name, 1)) for t in targets}
+        return Counter(self.layout.anatomy, uses)
+
+    def _steps(self, targets: Sequence[Target], kept: Mapping[str, Tensor]) -> list[_Step]:
+        """What may go, in the order in which it goes."""
+        scores = self._scores(targets)
+        chains: dict[object, list[list[_Step]]] = {}
+        for group in self.layout.alive(kept):
+            score = scores[group.name].masked_fill(~kept[group.name], -torch.inf)
+            key = (group.kind, group.size) if self.layout.uniform else group.name
+            chains.setdefault(key, []).append(self._chain(group, score))
+        steps = []
+        for several in chains.values():
+            for together in zip(*several, strict=True):
+                units = tuple(u for step in together for u in step.units)
+                steps.append(_Step(sum(s.score for s in together) / len(together), units))
+        left = [step for step in steps if step.score != -torch.inf]
+        return sorted(left, key=lambda step: step.score)
+
+    def _chain(self, group: Group, score: Tensor) -> list[_Step]:
+        """One group's steps, lowest first; scores rise, since each is a mean of later ones."""
+        order = torch.argsort(score, stable=True).tolist()
+        width = self.layout.multiple_of if group.kind in _ROUNDED else 1
+        end = group.size - self._least(group)
+        cuts = list(range(end, 0, -width))[::-1]
+        steps, start = [], 0
+        for cut in cuts:
+            units = tuple(order[start:cut])
+            steps.append(_Step(float(score[list(units)].mean()), ((group.name, units),)))
+            start = cut
+        return steps
+
+    def _scores(self, targets: Sequence[Target]) -> dict[str, Tensor]:
+        """The mean score of each unit's selected weights, float64 of shape (units,)."""
+        anatomy = self.layout.anatomy
+        mine = {t.name.removeprefix(anatomy.prefix): t for t in targets}
+        groups = [g.name for g in self.layout.groups]
+
+        def summed(of: Callable[[Target], Tensor]) -> dict[str, Tensor]:
+            def score(name: str) -> Tensor:
+                target = mine.get(name)
+                return torch.zeros(anatomy.shapes[name]) if target is None else of(target)
+
+            return unit_scores(anatomy, score, groups=groups)
+
+        totals = summed(lambda t: self.criterion.score(t).clamp_min(0))
+        counts = summed(lambda t: torch.ones_like(t.local))
+        return {name: total / counts[name].clamp_min(1) for name, total in totals.items()}
+
+    def with_costs(self, costs: Mapping[str, int]) -> Policy:
+        """The same policy with other costs."""
+        return replace(self, costs=dict(costs))
