@@ -8,7 +8,7 @@ from typing import Literal
 from lightning_prune.allocation import Allocation, as_allocation
 from lightning_prune.callbacks.settings import Budget, Settings
 from lightning_prune.callbacks.structured import StructuredCallback
-from lightning_prune.criteria import Criterion, Magnitude, Random, Taylor
+from lightning_prune.criteria import Activation, Criterion, Magnitude, Random, Taylor
 from lightning_prune.errors import refusal
 from lightning_prune.patterns import Pattern, as_pattern
 from lightning_prune.schedules import Schedule, as_schedule
@@ -44,8 +44,9 @@ class GradualMagnitudePruning(StructuredCallback):
             "bytes".
         initial_sparsity: Sparsity that the schedule starts from, in [0, sparsity], or "from_model"
             for the zeros that are there already; these stay zero from the first step on.
-        criterion: "magnitude", "taylor" (magnitude times gradient, a running mean), "random" (the
-            baseline), or a `Criterion` object.
+        criterion: "magnitude", "taylor" (magnitude times gradient, a running mean), "activation"
+            (what units do in the training batches since the last update), "random" (the baseline),
+            or a `Criterion` object.
         units: Kinds of units of a transformers model that go as a whole, by the mean score of their
             selected weights: "heads", "query_heads", "head_dims", "ffn" (neurons), "hidden"
             (channels of the residual stream), "attention" and "mlp" (sub-layers), "layers"; None
@@ -61,7 +62,8 @@ class GradualMagnitudePruning(StructuredCallback):
         PruneError: On arguments out of range; at ``fit`` on what cannot be done.
 
     Source: Zhu & Gupta 2017, arXiv:1710.01878; Gupta et al. 2022, arXiv:2209.14624 (global);
-    Lee et al. 2021, arXiv:2010.07611 (LAMP); Evci et al. 2020, arXiv:1911.11134 (ERK).
+    Lee et al. 2021, arXiv:2010.07611 (LAMP); Evci et al. 2020, arXiv:1911.11134 (ERK);
+    Muralidharan et al. 2024, arXiv:2407.14679 (activations of units).
 
     Example:
         >>> import lightning as L
@@ -120,6 +122,8 @@ def _as_criterion(value: str | Criterion) -> Criterion:
         return Magnitude()
     if value == "taylor":
         return Taylor()
+    if value == "activation":
+        return Activation()
     if value == "random":
         return Random()
     if isinstance(value, Criterion) and not isinstance(value, type):
@@ -128,6 +132,6 @@ def _as_criterion(value: str | Criterion) -> Criterion:
         "Unknown criterion",
         where="GradualMagnitudePruning(criterion=...)",
         got=value,
-        allowed="'magnitude', 'taylor', 'random' or a Criterion object",
+        allowed="'magnitude', 'taylor', 'activation', 'random' or a Criterion object",
         fix="leave it out for magnitude",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -14,10 +15,11 @@ from torch.utils.hooks import RemovableHandle
 from lightning_prune.allocation import Allocation, Global
 from lightning_prune.anatomy import KINDS, survey
 from lightning_prune.anatomy.networks import network_in
+from lightning_prune.callbacks.activity import Activity
 from lightning_prune.callbacks.averages import averages_weights, swaps_weights
 from lightning_prune.callbacks.observing import ObservingCallback
 from lightning_prune.callbacks.settings import Settings
-from lightning_prune.criteria import Criterion, Observer
+from lightning_prune.criteria import Activation, Criterion, Observer
 from lightning_prune.errors import NoEffectWarning, refusal
 from lightning_prune.followers import Members
 from lightning_prune.masks import MaskSet
@@ -25,7 +27,7 @@ from lightning_prune.patterns import Unstructured
 from lightning_prune.removal import RemovalPlan, compact_, removals_of, remove, replay
 from lightning_prune.removal.masked import silence
 from lightning_prune.targets import Excluded, Selection, Target, as_globs, select
-from lightning_prune.unit_policy import Layout, UnitMembers
+from lightning_prune.unit_policy import Layout, UnitMembers, UnitPolicy
 
 __all__ = ["StructuredCallback"]
 
@@ -62,6 +64,7 @@ class StructuredCallback(ObservingCallback):
         self.multiple_of, self.uniform, self.compact = multiple_of, uniform, compact
         self._layout: Layout | None = None
         self._kept: dict[str, Tensor] = {}
+        self._activity: Activity | None = None
         self._hooks: list[RemovableHandle] = []
         self._removed: dict[str, Any] | None = None  # the record of what was cut out mid-run
         self._check_arguments()
@@ -94,6 +97,14 @@ class StructuredCallback(ObservingCallback):
                 fix="write compact=True",
             )
         if units is None:
+            if isinstance(self.policy.criterion, Activation):
+                raise refusal(
+                    "Activations score whole units, and not weights",
+                    where=f"{name}(criterion='activation')",
+                    got="no units",
+                    allowed="units=['heads', 'ffn'] and other kinds",
+                    fix="write units=[...], or another criterion",
+                )
             if step != 1 or self.uniform:
                 raise refusal(
                     "Only units have sizes that can be rounded or made equal",
@@ -168,6 +179,7 @@ class StructuredCallback(ObservingCallback):
             kinds=self.units or (),
             multiple_of=self.multiple_of,
             uniform=self.uniform,
+            cut=bool(self.compact),
         )
 
     def _check_selection(self, layout: Layout, chosen: set[str]) -> None:
@@ -231,6 +243,8 @@ class StructuredCallback(ObservingCallback):
             network = network_in(pl_module)[1]
             self._hooks = silence(network, self._layout.anatomy, self._kept)
             self._follow()
+            if isinstance(self.policy.criterion, Activation) and not self.finished:
+                self._activity = Activity(network, self._layout)
 
     def _check_early(self, trainer: L.Trainer) -> None:
         single = isinstance(trainer.strategy, SingleDeviceStrategy)
@@ -267,8 +281,13 @@ class StructuredCallback(ObservingCallback):
         return frozenset(t.name for t in self._members.selected)
 
     def _update(self, sparsity: float) -> None:
+        if self._activity is not None and isinstance(self.policy, UnitPolicy) and sparsity > 0:
+            self.policy = replace(self.policy, given=self._activity.take())
         super()._update(sparsity)
         self._follow()
+        if self._activity is not None and self.finished:
+            self._activity.close()
+            self._activity = None
 
     def _follow(self) -> None:
         """Tells the hooks which units are left."""
@@ -306,6 +325,8 @@ class StructuredCallback(ObservingCallback):
             plan = RemovalPlan.of(self._layout.anatomy, self._kept)
             remove(pl_module, plan, optimizers=trainer.optimizers)
         record = removals_of(pl_module)
+        if record is None and self.sparsity == 0:
+            return
         if record is None:
             warnings.warn(
                 f"{self.name}(compact=True) cut nothing out of the model: no head, neuron, channel "
@@ -330,6 +351,8 @@ class StructuredCallback(ObservingCallback):
         for handle in self._hooks:
             handle.remove()
         self._hooks.clear()
+        if self._activity is not None:
+            self._activity.close()
 
     # State --------------------------------------------------------------------------------------
 
@@ -338,11 +361,15 @@ class StructuredCallback(ObservingCallback):
         state = super().state_dict()
         if state and self._removed is not None and self._timeline is not None:
             state |= {"removed": self._removed, "actual": self._actual}
+        if state and self._activity is not None and self._timeline is not None:
+            state["activity"] = self._activity.state_dict()
         return state
 
     def _restore(self, state: dict[str, Any]) -> None:
         super()._restore(state)
         self._actual = float(state.get("actual", self._actual))
+        if self._activity is not None and "activity" in state:
+            self._activity.load_state_dict(state["activity"])
 
     def _asked(self) -> dict[str, str]:
         if self.units is None:

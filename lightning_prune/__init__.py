@@ -10,8 +10,10 @@ from lightning_prune.export import from_pretrained as from_pretrained
 from lightning_prune.export import load_mask as load_mask
 from lightning_prune.export import save_mask as save_mask
 from lightning_prune.export import save_pretrained as save_pretrained
+from lightning_prune.planning import plan_removal as plan_removal
 from lightning_prune.removal import RemovalPlan as RemovalPlan
 from lightning_prune.removal import compact as compact
+from lightning_prune.removal import remove as remove
 from lightning_prune.reports import Plan as Plan
 from lightning_prune.reports import SparsityReport as SparsityReport
 from lightning_prune.reports import plan as plan
@@ -28,6 +30,8 @@ __all__ = [
     "from_pretrained",
     "load_mask",
     "plan",
+    "plan_removal",
+    "remove",
     "report",
     "save_mask",
     "save_pretrained",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -57,6 +58,21 @@ class Policy:
                 allowed="min_density in [0, 1], costs >= 1",
                 fix="correct them",
             )
+
+    @property
+    def shape(self) -> str:
+        """What goes together and how it spreads, in words."""
+        return f"pattern {self.pattern}, allocation {self.allocation}"
+
+    @property
+    def cut(self) -> bool:
+        """Whether what is pruned is cut out of the model in the end."""
+        return False
+
+    @property
+    def reloads(self) -> Literal["stock", "manifest"]:
+        """What loads the result."""
+        return "stock"
 
     def with_costs(self, costs: Mapping[str, int]) -> Policy:
         """The same policy with other costs."""

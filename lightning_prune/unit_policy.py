@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,12 +32,14 @@ class Layout:
         kinds: The kinds of units that may go.
         multiple_of: Neurons and channels stay in multiples of this number.
         uniform: Whether all layers keep as many units of a kind.
+        cut: Whether they are cut out of the model in the end.
     """
 
     anatomy: Anatomy
     kinds: tuple[str, ...]
     multiple_of: int = 1
     uniform: bool = False
+    cut: bool = False
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -189,10 +192,12 @@ class UnitPolicy(Policy):
     Attributes:
         layout: Which units may go, and in which steps.
         everything: All parameters that get masks.
+        given: Scores of units by group name, in place of the criterion's.
     """
 
     layout: Layout
     everything: tuple[Target, ...] = field(repr=False)
+    given: Mapping[str, Tensor] | None = field(default=None, repr=False)
 
     def check(self, targets: Sequence[Target], sparsity: float | None, shards: Shards) -> None:
         """Refuses a budget that cannot be met while every group keeps a unit."""
@@ -337,6 +342,8 @@ class UnitPolicy(Policy):
 
     def _scores(self, targets: Sequence[Target]) -> dict[str, Tensor]:
         """The mean score of each unit's selected weights, float64 of shape (units,)."""
+        if self.given is not None:
+            return dict(self.given)
         anatomy = self.layout.anatomy
         mine = {t.name.removeprefix(anatomy.prefix): t for t in targets}
         groups = [g.name for g in self.layout.groups]
@@ -351,6 +358,28 @@ class UnitPolicy(Policy):
         totals = summed(lambda t: self.criterion.score(t).clamp_min(0))
         counts = summed(lambda t: torch.ones_like(t.local))
         return {name: total / counts[name].clamp_min(1) for name, total in totals.items()}
+
+    @property
+    def shape(self) -> str:
+        """What goes together and how it spreads, in words."""
+        layout = self.layout
+        text = f"units {', '.join(layout.kinds)}"
+        text += f", multiples of {layout.multiple_of}" if layout.multiple_of > 1 else ""
+        return text + (", as many in every layer" if layout.uniform else "")
+
+    @property
+    def cut(self) -> bool:
+        """Whether what is pruned is cut out of the model in the end."""
+        return self.layout.cut
+
+    @property
+    def reloads(self) -> Literal["stock", "manifest"]:
+        """What loads the result; "manifest" also where a lucky choice of sizes might be stock."""
+        kinds, row = set(self.layout.kinds), self.layout.anatomy.row
+        by_layer = kinds & {"heads", "query_heads", "ffn"}
+        whole = row.stored_head_dim or not kinds & {"heads", "query_heads", "hidden"}
+        held = kinds <= set(row.stock) and (self.layout.uniform or not by_layer)
+        return "stock" if not self.cut or (held and whole) else "manifest"
 
     def with_costs(self, costs: Mapping[str, int]) -> Policy:
         """The same policy with other costs."""

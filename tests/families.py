@@ -10,9 +10,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lightning_prune.anatomy import Anatomy
+from lightning_prune.anatomy import KINDS, Anatomy
 
 VOCABULARY = 23
+TRANSFORMER_KINDS = tuple(kind for kind in KINDS if kind != "channels")  # those are of CNNs
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 Draw = random.Random
 
@@ -102,7 +103,7 @@ def _decoder(draw: Draw) -> dict[str, Any]:
     heads = groups * draw.choice([1, 2, 3])
     return {
         "vocab_size": VOCABULARY,
-        "hidden_size": draw.choice([10, 12, 16]),
+        "hidden_size": heads * draw.choice([2, 3]) if heads > 3 else heads * draw.choice([4, 5]),
         "num_attention_heads": heads,
         "num_key_value_heads": groups,
         "head_dim": draw.choice([4, 6, 8]),
@@ -241,7 +242,7 @@ def randomize(network: nn.Module, seed: int) -> nn.Module:
                 base = 0.0 if name.endswith("bias") else 1.0
                 parameter.copy_(base + 0.3 * noise)
             else:
-                parameter.copy_(0.4 * noise)
+                parameter.copy_(0.3 * noise)
     return network.eval()
 
 
@@ -291,6 +292,12 @@ def masks(anatomy: Anatomy, kinds: tuple[str, ...], seed: int) -> dict[str, Tens
             stays, goes = torch.randperm(group.size, generator=draw)[:2].tolist()
             mask[stays], mask[goes] = True, False
             found[group.name] = mask
+    for name, mask in found.items():
+        if anatomy.groups[name].kind == "attention":  # the first one that runs has to stay
+            layers = found.get(f"{name.removesuffix('attention')}layers", torch.ones_like(mask))
+            first = int(layers.nonzero()[0])
+            mask[first] = True
+            mask[(first + 1) % len(mask)] &= not mask.all()
     return found
 
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_prune.anatomy.macs import macs_of
+from lightning_prune.anatomy.networks import network_in
 from lightning_prune.anatomy.units import Anatomy, Group
 from lightning_prune.errors import refusal
 
@@ -25,8 +27,8 @@ class Counter:
     Args:
         anatomy: What the network is made of.
         uses: What one entry of each parameter counts for, by name; names left out count nothing.
-            ``parameters(anatomy)``, ``bytes_of(anatomy)`` and measured MACs give such mappings.
-        prunable: Only parameters that some group owns a part of.
+            The path of an attention stands for the dimensions of all its heads, as `macs_of`
+            counts its products.
 
     Example:
         >>> from lightning_prune.anatomy import survey
@@ -46,7 +48,9 @@ class Counter:
     """
 
     def __init__(self, anatomy: Anatomy, uses: Mapping[str, float]) -> None:
-        unknown = sorted(set(uses) - set(anatomy.shapes))
+        blocks = {b.path: b for b in anatomy.blocks}
+        self._shapes = dict(anatomy.shapes) | {n: (b.heads * b.width,) for n, b in blocks.items()}
+        unknown = sorted(set(uses) - set(self._shapes))
         if unknown:
             raise refusal(
                 "A weight of the count is not in the network",
@@ -55,7 +59,6 @@ class Counter:
                 allowed="names of the network's parameters",
                 fix="survey the network that the uses were counted on",
             )
-        self._anatomy = anatomy
         self._uses = dict(uses)
         # owners[tensor][dim]: (group, unit of every entry, -1 where the group owns none)
         self._owners: dict[str, dict[int, list[tuple[Group, Tensor]]]] = {}
@@ -67,12 +70,15 @@ class Counter:
                 unit[part.index.flatten()] = numbers.flatten()
                 dims = self._owners.setdefault(part.tensor, {})
                 dims.setdefault(part.dim, []).append((group, unit))
+        for path, block in blocks.items():
+            part = next(p for p in anatomy.groups[block.units].parts if p.tensor == block.output)
+            self._owners[path] = {0: self._owners[block.output][part.dim]}
         self._sites = {
             name: [
                 (group, number)
                 for group in anatomy
                 for number, site in enumerate(group.sites)
-                if site.owns(name)
+                if site.owns(blocks[name].output if name in blocks else name)
             ]
             for name in uses
         }
@@ -86,6 +92,16 @@ class Counter:
     def bytes(cls, anatomy: Anatomy) -> Counter:
         """Counts bytes of parameters."""
         return cls(anatomy, {n: float(size) for n, size in anatomy.itemsizes.items()})
+
+    @classmethod
+    def macs(cls, anatomy: Anatomy, model: nn.Module, inputs: Mapping[str, Tensor]) -> Counter:
+        """Counts multiply-accumulates (MACs) of one forward pass, see `macs_of`.
+
+        Raises:
+            PruneError: If there is not one transformers model.
+        """
+        network = network_in(model)[1]
+        return cls(anatomy, macs_of(network, inputs, anatomy))
 
     def of_each(self, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The size of each parameter.
@@ -103,7 +119,7 @@ class Counter:
         found: dict[str, Tensor] = {}
         for name, use in self._uses.items():
             total = torch.tensor(use, dtype=torch.float64)
-            for dim, size in enumerate(self._anatomy.shapes[name]):
+            for dim, size in enumerate(self._shapes[name]):
                 entries: Tensor | None = None
                 for group, unit in self._owners.get(name, {}).get(dim, []):
                     if group.name in padded:

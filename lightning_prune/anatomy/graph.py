@@ -45,8 +45,10 @@ def graph_anatomy(model: nn.Module, example_inputs: Mapping[str, Tensor]) -> Ana
     A unit is one output channel of a convolution or Linear layer, with all that must go with it:
     its bias and its entries in norms, the columns of the layers that read it (several to a channel
     behind a flattening), and the channels that are added to it. Channels stay whole, and are in no
-    group, that reach the output, or a layer that mixes or counts channels in a way of its own, such
-    as GroupNorm, LayerNorm, or a grouped convolution.
+    group, that reach the output, are added to the input, or go into a layer that mixes or counts
+    channels in a way of its own: GroupNorm, LayerNorm, a grouped convolution. So do those that
+    torch-pruning loses track of, as behind a concatenation that is flattened at once; what it
+    misreads without a sign, the comparison before a removal finds.
 
     Args:
         model: Any module that runs on the inputs; it is left as it was.
@@ -68,9 +70,7 @@ def graph_anatomy(model: nn.Module, example_inputs: Mapping[str, Tensor]) -> Ana
         [('0.weight', 0, (8, 1)), ('0.bias', 0, (8, 1)), ('3.weight', 1, (8, 4))]
     """
     tracer = _Tracer(model, example_inputs)
-    groups: dict[str, Group] = {}
-    for group in tracer.groups():
-        groups[group.name] = group
+    groups = {group.name: group for group in tracer.groups()}
     if not groups:
         raise refusal(
             "No channel of this network can go",
@@ -79,12 +79,8 @@ def graph_anatomy(model: nn.Module, example_inputs: Mapping[str, Tensor]) -> Ana
             allowed="layers whose channels are read by other layers",
             fix="choose weights to prune, without units",
         )
-    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-    shapes = {n: tuple(p.shape) for n, p in parameters.items()}
-    for group in groups.values():
-        for part in group.parts:
-            if part.tensor in buffers:
-                shapes[part.tensor] = tuple(buffers[part.tensor].shape)
+    parameters = dict(model.named_parameters())
+    sliced = {part.tensor for group in groups.values() for part in group.parts}
     return Anatomy(
         row=Family(types=(), stacks=(), stock=()),
         family="graph",
@@ -92,7 +88,7 @@ def graph_anatomy(model: nn.Module, example_inputs: Mapping[str, Tensor]) -> Ana
         groups=groups,
         blocks=(),
         lists=(),
-        shapes=shapes,
+        shapes={n: s for n, s in tracer.shapes.items() if n in parameters or n in sliced},
         itemsizes={n: p.element_size() for n, p in parameters.items()},
         missing={},
     )
@@ -106,10 +102,13 @@ class _Tracer:
         self.model = copy.deepcopy(model).eval().requires_grad_(True)
         self.graph: Any = _dependencies(self.model, inputs)
         self.names: dict[int, str] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
         for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
             self.names.setdefault(id(tensor), name)
+            self.shapes[name] = tuple(tensor.shape)
         self.paths = {module: path for path, module in self.model.named_modules()}
         self.kept_whole = ""
+        self.misread = False
 
     def groups(self) -> Iterator[Group]:
         """Units of the same make in one group; what one module begins may fall into several."""
@@ -121,6 +120,7 @@ class _Tracer:
                 continue  # it does not run, or its output goes nowhere
             alike: dict[tuple[tuple[tuple[str, int], int], ...], list[tuple[Slices, Slices]]] = {}
             pruner = self.graph.get_pruner_of_module(module)
+            self.misread = False
             for channel in range(pruner.get_out_channels(module)):
                 if (module, channel) in seen:
                     continue
@@ -128,6 +128,8 @@ class _Tracer:
                 if unit is not None:
                     make = tuple((key, len(entries)) for key, entries in unit[0].items())
                     alike.setdefault(make, []).append(unit)
+            if self.misread:
+                continue  # what it says of this layer's other channels is no better
             for number, units in enumerate(alike.values()):
                 yield _group(path if number == 0 else f"{path}#{number}", units)
 
@@ -149,10 +151,13 @@ class _Tracer:
                 continue
             reader = not outward and isinstance(layer, (nn.Linear, *_CONVOLUTIONS))
             for key in found:
+                if max(entries) >= self.shapes[key[0]][key[1]]:
+                    whole = f"torch-pruning cannot follow them into {key[0]}"
+                    self.misread = True
                 for into in (owned, read) if reader else (owned,):
                     into[key] = sorted({*into.get(key, []), *entries})
         if whole:
-            self.kept_whole = whole
+            self.kept_whole = self.kept_whole or whole
             return None
         return owned, read
 
@@ -175,7 +180,7 @@ class _Tracer:
             if layer.groups > 1 and (not depthwise or layer.transposed):
                 return f"{path} is a grouped {kind}"
             rows = 1 if layer.transposed else 0
-            both = outward or depthwise and layer.groups > 1
+            both = outward or (depthwise and layer.groups > 1)
             dims = {"weight": rows, "bias": 0} if both else {"weight": 1 - rows}
         elif isinstance(layer, nn.Linear):
             dims = {"weight": 0, "bias": 0} if outward else {"weight": 1}
@@ -190,11 +195,14 @@ class _Tracer:
         else:
             return f"{path} is a {kind}" if isinstance(layer, nn.GroupNorm | nn.LayerNorm) else []
         tensors = {leaf: getattr(layer, leaf, None) for leaf in dims}
-        return [
+        found = [
             (self.names[id(tensor)], dims[leaf])
             for leaf, tensor in tensors.items()
             if isinstance(tensor, Tensor)
         ]
+        if isinstance(layer, _NORMS) and not found:
+            return f"{path} ({kind}) holds nothing but their number"
+        return found
 
 
 def _group(name: str, units: Sequence[tuple[Slices, Slices]]) -> Group:

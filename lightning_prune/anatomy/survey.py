@@ -264,6 +264,8 @@ class _Surveyor:
                 heads=heads,
                 groups=groups,
                 width=width,
+                keys=self.names[id(ways_in[min(1, len(ways_in) - 1)].weight)],
+                output=self.names[id(out.weight)],
                 units=name,
                 across=f"{place}.query_heads" if ratio > 1 and groups > 1 else "",
                 dims=noted,

@@ -98,6 +98,8 @@ class Block:
         heads: How many query heads it has.
         groups: How many key and value heads.
         width: Dimensions of one head.
+        keys: Weight that makes its keys.
+        output: Weight that leads from its heads back to the stream.
         units: Name of the group of its heads.
         across: Name of the group of its query heads, "" without.
         dims: Name of the group of its heads' dimensions, "" without.
@@ -108,6 +110,8 @@ class Block:
     heads: int
     groups: int
     width: int
+    keys: str
+    output: str
     units: str
     across: str = ""
     dims: str = ""

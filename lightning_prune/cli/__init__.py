@@ -24,7 +24,7 @@ commands:
   fit        train and prune what a YAML file describes, save the model, a report and two plots
   validate   measure a model, or a checkpoint of it, and show how sparse it is
   plan       tell, before any training, what fit would prune, what not and why, and when
-  report     show how sparse a saved model is, layer by layer
+  report     show how sparse a saved model is, layer by layer, and how fast (--latency)
 
 examples:
   lightning-prune plan --config examples/quickstart.yaml

@@ -20,6 +20,8 @@ from torch import nn
 from lightning_prune.callbacks.base import MaskCallback
 from lightning_prune.cli.outcome import Outcome, main_metric, sparsity_of
 from lightning_prune.cli.planning import NOMINAL_STEPS, Plans
+from lightning_prune.removal import removals_of, whole
+from lightning_prune.reports import latency
 from lightning_prune.reports.wording import percent, rich_table, size
 
 __all__ = [
@@ -120,7 +122,12 @@ def show_outcome(outcome: Outcome, *, saved: bool) -> None:
     console.print()
     if find_spec("matplotlib") is None:
         note("Plots need matplotlib: pip install 'lightning-prune[plots]'")
-    if outcome.callbacks:
+    smaller = removals_of(outcome.network) if outcome.network is not None else None
+    if smaller is not None and outcome.network is not None:
+        console.print(
+            latency({"dense": whole(outcome.network), "pruned": outcome.network}, runs=10)
+        )
+    elif outcome.callbacks:
         note(_UNSTRUCTURED)
 
 
@@ -132,6 +139,10 @@ def _results(outcome: Outcome) -> Table:
         for name in outcome.pruned.metrics
     ]
     found = [run.sparsity for run in shown.values()]
+    before = removals_of(outcome.network) if outcome.network is not None else None
+    if before is not None:
+        sizes = [before.plans[0].parameters[0], before.plans[-1].parameters[1]]
+        rows.append(("parameters", *(f"{n:,}" for n in sizes[-len(shown) :])))
     rows += [
         ("selected weights that are zero", *(percent(f.sparsity) for f in found)),
         ("parameters that are zero", *(percent(f.total_sparsity) for f in found)),
@@ -165,7 +176,10 @@ def _written(outcome: Outcome, saved: bool) -> Iterator[tuple[str, Path, str]]:
     folder = outcome.folder
     if saved and outcome.network is not None:
         bytes_ = sum(f.stat().st_size for f in folder.model.glob("*.safetensors"))
-        yield "model", folder.model, f"{size(bytes_)}, for transformers"
+        record = removals_of(outcome.network)
+        stock = record is None or record.reloads == "stock"
+        reader = "transformers" if stock else "lightning_prune.from_pretrained"
+        yield "model", folder.model, f"{size(bytes_)}, for {reader}"
     if outcome.checkpoint is not None and outcome.checkpoint.exists():
         yield "checkpoint", outcome.checkpoint, "to resume from: --ckpt_path"
     for what, path, comment in (

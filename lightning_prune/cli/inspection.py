@@ -1,4 +1,4 @@
-"""`report`: how sparse a saved model is."""
+"""`report`: how sparse a saved model is, and how fast."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import pickle
 import sys
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 
 import lightning as L
@@ -14,18 +15,19 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from torch import nn
 
+from lightning_prune.cli.display import write_json
 from lightning_prune.cli.packaged import PREFIX, locate
 from lightning_prune.errors import refusal
 from lightning_prune.export import MANIFEST, from_pretrained
 from lightning_prune.export.networks import class_named
 from lightning_prune.export.verification import load, without_progress_bars
-from lightning_prune.reports import report
+from lightning_prune.reports import latency, report
 
-__all__ = ["load_model", "show_report"]
+__all__ = ["apart", "load_model", "show_report"]
 
 
 def show_report(args: Sequence[str]) -> None:
-    """Prints how sparse every layer of a saved model is.
+    """Prints how sparse every layer of a saved model is, and how fast it runs.
 
     Args:
         args: What stands after `lightning-prune report`.
@@ -34,19 +36,58 @@ def show_report(args: Sequence[str]) -> None:
         PruneError: There is no model that can be loaded.
     """
     options = _parser().parse_args(list(args))
+    _check_comparison(options.latency, options.path, options.against)
     model = load_model(options.path, options.module)
     found = report(model, options.targets, options.exclude)
-    Console(highlight=False).print(found)
-    if options.json is not None:
-        found.to_json(options.json)
+    console = Console(highlight=False)
+    console.print(found)
+    written = found.to_dict()
     if options.plot is not None:
         found.plot(options.plot)
+    if options.latency:
+        models = {options.path: model}
+        if options.against is not None:
+            name, other = apart(options.path, options.against)
+            models = {other: load_model(options.against, options.module), name: model}
+        measured = latency(models)
+        console.print(measured)
+        written["latency"] = measured.to_dict()
+        if options.plot is not None:
+            plot = Path(options.plot)
+            measured.plot(plot.with_stem(f"{plot.stem}-latency"))
+    if options.json is not None:
+        write_json(Path(options.json), written)
+
+
+def _check_comparison(measured: bool, path: str, against: str | None) -> None:
+    if against is not None and (not measured or against == path):
+        raise refusal(
+            "Two models are compared by their latency",
+            where=f"lightning-prune report {path} --against {against}",
+            got="the same model twice" if measured else "no --latency",
+            allowed="--latency --against with the path of another model",
+            fix="name the dense model" if measured else "add --latency",
+        )
+
+
+def apart(one: str, other: str) -> tuple[str, str]:
+    """Two paths without the folders that they have in common.
+
+    Example:
+        >>> apart("runs/dense/model", "runs/pruned/model")
+        ('dense/model', 'pruned/model')
+    """
+    first, second = Path(one).parts, Path(other).parts
+    pairs = zip(first, second, strict=False)
+    shared = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    short = "/".join(first[shared:]), "/".join(second[shared:])
+    return short if all(short) else (one, other)
 
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="lightning-prune report",
-        description="Shows how sparse a saved model is, layer by layer.",
+        description="Shows how sparse a saved model is, layer by layer, and how fast.",
         exit_on_error=False,
     )
     globs = list[str] | str | None
@@ -69,7 +110,23 @@ def _parser() -> ArgumentParser:
         "--exclude", type=globs, default=None, help="Globs of what to leave out, one or a list."
     )
     parser.add_argument("--json", type=str | None, default=None, help="A file for the report.")
-    parser.add_argument("--plot", type=str | None, default=None, help="A file for the plot.")
+    parser.add_argument(
+        "--plot",
+        type=str | None,
+        default=None,
+        help="A file for the plot; that of the latency has -latency added to its name.",
+    )
+    parser.add_argument(
+        "--latency",
+        action="store_true",
+        help="Measure milliseconds per forward and tokens or images a second, at batch 1 and 32.",
+    )
+    parser.add_argument(
+        "--against",
+        type=str | None,
+        default=None,
+        help="With --latency: a second model, such as the dense one, to compare with.",
+    )
     return parser
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_prune.export.onnx import export_onnx as export_onnx
 from lightning_prune.export.saving import MANIFEST as MANIFEST
 from lightning_prune.export.saving import SavesPretrained as SavesPretrained
 from lightning_prune.export.saving import from_pretrained as from_pretrained
@@ -12,6 +13,7 @@ from lightning_prune.export.task_masks import save_mask as save_mask
 __all__ = [
     "MANIFEST",
     "SavesPretrained",
+    "export_onnx",
     "from_pretrained",
     "load_mask",
     "save_mask",

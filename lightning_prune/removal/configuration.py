@@ -37,6 +37,9 @@ def tell_config(network: nn.Module, anatomy: Anatomy, masks: Mapping[str, Tensor
         setattr(config, stack.depth, depth)
         if own is not config:
             own.num_hidden_layers = depth
+        if (decoder := getattr(config, "num_decoder_layers", None)) is not None:
+            # caches of encoder-decoders count layers by this field, and else by the encoder's
+            config.decoder_layers = decoder
         types = getattr(config, "layer_types", None)
         if types is not None:
             kept = [t for t, stays in zip(types, mask.tolist(), strict=True) if stays]

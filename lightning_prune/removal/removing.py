@@ -19,7 +19,7 @@ from lightning_prune.removal.plan import RemovalPlan
 from lightning_prune.removal.surgery import Change, cut
 from lightning_prune.removal.transplant import check_states, transplant
 
-__all__ = ["Removals", "remember", "removals_of", "remove", "replay"]
+__all__ = ["Removals", "remember", "removals_of", "remove", "replay", "whole"]
 
 _RECORD = "_lightning_prune_removals"
 
@@ -50,6 +50,25 @@ class Removals:
 def removals_of(model: nn.Module) -> Removals | None:
     """What was taken out of a network; None where nothing was."""
     return getattr(network_in(model)[1], _RECORD, None)
+
+
+def whole(model: nn.Module) -> nn.Module:
+    """A network of the size that one had before all removals, with weights of its own.
+
+    Args:
+        model: A transformers model, or a module that holds exactly one.
+
+    Returns:
+        A new network, in evaluation mode, for measuring sizes and times.
+    """
+    network: Any = network_in(model)[1]
+    record = removals_of(network)
+    config = network.config
+    if record is not None:
+        config = type(config).from_dict(dict(record.config))
+    with torch.random.fork_rng(devices=[]):
+        built: nn.Module = type(network)(config)
+    return built.eval().to(next(network.parameters()).device)
 
 
 def remove(
@@ -150,8 +169,7 @@ def replay(network: nn.Module, record: Mapping[str, Any]) -> None:
         PruneError: If the record is not one, or is of another network.
     """
     try:
-        plans = [RemovalPlan.from_dict(p) for p in record["plans"]]
-        config, kind = dict(record["config"]), str(record["reloads"])
+        told, config, kind = list(record["plans"]), dict(record["config"]), str(record["reloads"])
     except (KeyError, TypeError, ValueError) as error:
         raise refusal(
             "This is not a record of removals",
@@ -160,6 +178,7 @@ def replay(network: nn.Module, record: Mapping[str, Any]) -> None:
             allowed="what lightning_prune wrote",
             fix="save the model again",
         ) from error
+    plans = [RemovalPlan.from_dict(plan) for plan in told]
     for plan in plans:
         anatomy = survey(network)
         cut(network, anatomy, plan.masks(anatomy))

@@ -243,7 +243,8 @@ def _offset(module: nn.Module, weight: Tensor) -> float:
 def _tell_shape(module: Any) -> None:
     weight = getattr(module, "weight", None)
     if isinstance(module, _CHANNEL_NORMS):
-        module.num_features = len(module.running_mean if weight is None else weight)
+        told = module.running_mean if weight is None else weight
+        module.num_features = module.num_features if told is None else len(told)
     if not isinstance(weight, Tensor):
         return
     if isinstance(module, nn.Linear):

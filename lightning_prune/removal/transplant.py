@@ -28,7 +28,7 @@ def transplant(optimizers: Iterable[torch.optim.Optimizer], changes: Sequence[Ch
             and columns, 8-bit blocks), before anything is changed.
     """
     every = list(optimizers)
-    check_states(every, {id(c.old): c.name for c in changes})
+    check_states(every, {id(c.old): c.name for c in changes if c.new is not None})
     by_old = {id(c.old): c for c in changes}
     for optimizer in every:
         for group in optimizer.param_groups:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from lightning_prune.reports.history import Series as Series
 from lightning_prune.reports.history import read_history as read_history
+from lightning_prune.reports.latency import LatencyReport as LatencyReport
+from lightning_prune.reports.latency import LatencyRow as LatencyRow
+from lightning_prune.reports.latency import Speedup as Speedup
+from lightning_prune.reports.latency import latency as latency
 from lightning_prune.reports.plan import Plan as Plan
 from lightning_prune.reports.plan import Planned as Planned
 from lightning_prune.reports.plan import plan as plan
@@ -16,11 +20,15 @@ from lightning_prune.reports.wording import ExcludedGroup as ExcludedGroup
 
 __all__ = [
     "ExcludedGroup",
+    "LatencyReport",
+    "LatencyRow",
     "LayerSparsity",
     "Plan",
     "Planned",
     "Series",
     "SparsityReport",
+    "Speedup",
+    "latency",
     "plan",
     "plot_layers",
     "plot_training",

@@ -24,6 +24,7 @@ from lightning_prune.reports.wording import (
 )
 from lightning_prune.targets import Selection, Target
 from lightning_prune.timeline import Timeline
+from lightning_prune.unit_policy import UnitPolicy
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -118,6 +119,7 @@ class Plan:
             several sizes or costs compete; a budget in MACs says nothing of it before the run.
         bytes_dense: What the parameters take in memory and in a file, before and after: zeros are
             stored like any other number.
+        cut: Whether what is pruned is cut out of the model in the end.
         reloads: "stock" when the stock class of the architecture loads the result, "manifest" when
             it needs ours.
     """
@@ -134,6 +136,7 @@ class Plan:
     nonzero_at_end: int
     exact: bool
     bytes_dense: int
+    cut: bool
     reloads: Literal["stock", "manifest"]
 
     @property
@@ -157,6 +160,7 @@ class Plan:
             "exact": self.exact,
             "sparsity_total_at_end": self.sparsity_total_at_end,
             "bytes_dense": self.bytes_dense,
+            "cut": self.cut,
             "reloads": self.reloads,
         }
 
@@ -200,7 +204,11 @@ class Plan:
             )
         if not self.steps:
             yield "updates: none, the model stays as it is"
-        yield f"dense size: {size(self.bytes_dense)}, before and after: zeros take as much space"
+        if self.cut:
+            yield f"dense size: {size(self.bytes_dense)} before; what is pruned is cut out"
+        else:
+            dense = size(self.bytes_dense)
+            yield f"dense size: {dense}, before and after: zeros take as much space"
         if self.reloads == "stock":
             yield "reloads: stock (the architecture's own class loads the result)"
         else:
@@ -312,14 +320,15 @@ def plan(model: nn.Module, callback: Planned, total_steps: int | None) -> Plan:
         pruned, exact = 0, timeline.final == 0
     else:
         pruned, exact = _pruned(ranked, policy, timeline.final)
-        exact = exact and (pruned == 0 or all(f.counted for f in members.followers))
+        alone = len(members.everything) == len(members.selected)
+        exact = exact and (pruned == 0 or (alone and not isinstance(policy, UnitPolicy)))
     parameters = list(model.parameters())
     total = sum(p.numel() for p in parameters)
     return Plan(
         model=type(model).__name__,
         callback=callback.name,
-        method=f"criterion {policy.criterion}, pattern {policy.pattern}, "
-        f"allocation {policy.allocation}, budget in {callback.settings.budget}",
+        method=f"criterion {policy.criterion}, {policy.shape}, "
+        f"budget in {callback.settings.budget}",
         total_steps=total_steps,
         selected=tuple(
             SelectedWeight(name=t.name, shape=tuple(t.shape), weights=t.size)
@@ -332,5 +341,6 @@ def plan(model: nn.Module, callback: Planned, total_steps: int | None) -> Plan:
         nonzero_at_end=total - pruned,
         exact=exact,
         bytes_dense=sum(p.numel() * p.element_size() for p in parameters),
-        reloads="stock",
+        cut=policy.cut,
+        reloads=policy.reloads,
     )

@@ -26,6 +26,7 @@ from lightning_prune.reports.drawing import (
     no_matplotlib,
 )
 from lightning_prune.reports.history import Series, read_history
+from lightning_prune.reports.wording import amount
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,14 +107,6 @@ def _short(label: str, most: int = 42) -> str:
     return f"{label[:head]}…{label[head + 1 - most :]}"
 
 
-def _amount(n: int) -> str:
-    value, units = float(n), ["", "k", "M", "G"]
-    while value >= 999.5 and len(units) > 1:
-        value /= 1000
-        units.pop(0)
-    return f"{value:.3g}{units[0]}"
-
-
 def plot_layers(
     layers: Sequence[Layer],
     *,
@@ -175,7 +168,7 @@ def plot_layers(
     for height, share, bar in zip(heights, shares, bars, strict=True):
         for x, text, color in (
             (1.095, ">99.9" if 0.9995 <= share < 1 else f"{100 * share:.1f}", INK),
-            (1.215, _amount(bar.weights), MUTED),
+            (1.215, amount(bar.weights), MUTED),
         ):
             axes.text(x, height, text, va="center", ha="right", fontsize=8, color=color)
     top = -1.0

@@ -12,7 +12,16 @@ from lightning_prune.targets import Excluded
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["ExcludedGroup", "count", "group", "percent", "rich_table", "size", "text_table"]
+__all__ = [
+    "ExcludedGroup",
+    "amount",
+    "count",
+    "group",
+    "percent",
+    "rich_table",
+    "size",
+    "text_table",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +81,20 @@ def count(n: int) -> str:
         '22,713,216'
     """
     return f"{n:,}"
+
+
+def amount(n: float) -> str:
+    """A large number in three digits.
+
+    Example:
+        >>> amount(22713216), amount(512)
+        ('22.7M', '512')
+    """
+    value, units = float(n), ["", "k", "M", "G", "T"]
+    while value >= 999.5 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    return f"{value:.3g}{units[0]}"
 
 
 def percent(fraction: float) -> str:

@@ -130,7 +130,7 @@ def test_a_shape_that_no_config_can_say_comes_back_by_manifest(tmp_path):
 # Laws -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "taylor"])
+@pytest.mark.parametrize("criterion", ["magnitude", "taylor", "activation"])
 @pytest.mark.parametrize("units", [["heads", "ffn"], ALL])
 def test_resume_is_exact_at_every_step(tmp_path, units, criterion):
     saved = resumes_everywhere(
@@ -226,9 +226,30 @@ def test_units_with_the_least_weights_go_first():
     with torch.no_grad():
         module.net.bert.encoder.layer[1].intermediate.dense.weight[[3, 7]] *= 1e-3
         module.net.bert.encoder.layer[1].output.dense.weight[:, [3, 7]] *= 1e-3
-    train(module, pruner(units="ffn", sparsity=0.03))
+    train(module, pruner(units="ffn", sparsity=2 / 72))
     dead = (module.net.bert.encoder.layer[1].output.dense.weight == 0).all(0)
     assert dead.nonzero().flatten().tolist() == [3, 7]
+
+
+def test_neurons_that_do_nothing_go_first_by_activation():
+    module = Module(optimizer="still")
+    with torch.no_grad():
+        layer = module.net.bert.encoder.layer[2].intermediate.dense
+        layer.weight[[1, 5]] *= 1e-3
+        layer.bias[[1, 5]] = -9.0  # gelu gives nothing there, however large the weights that follow
+        module.net.bert.encoder.layer[2].output.dense.weight[:, [1, 5]] *= 9
+    train(module, pruner(units="ffn", sparsity=2 / 72, criterion="activation"))
+    dead = (module.net.bert.encoder.layer[2].output.dense.weight == 0).all(0)
+    assert dead.nonzero().flatten().tolist() == [1, 5]
+
+
+def test_activation_refuses_weights_and_a_first_cut_without_batches():
+    with refused(what="whole units", fix="units"):
+        pruner(units=None, criterion="activation")
+    with refused(what="before any batch", fix="later start"):
+        train(Module(), pruner(criterion="activation", schedule="oneshot", start=0, end=1.0))
+    with refused(what="no score", where="head_dims"):
+        train(Module(), pruner(criterion="activation", units="head_dims"))
 
 
 def test_a_budget_in_bytes_and_in_macs():

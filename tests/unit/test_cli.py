@@ -1,5 +1,6 @@
 """The command line without training: help, messages, exit codes, examples that parse."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_prune._version import __version__
 from lightning_prune.cli import main
 from lightning_prune.cli.commands import explain, shorten
+from lightning_prune.cli.inspection import apart
 from lightning_prune.cli.outcome import RunFolder, main_metric
 from lightning_prune.cli.packaged import locate, locate_all
 from lightning_prune.cli.planning import ranks_of
@@ -160,7 +162,7 @@ def test_every_example_parses_for_every_command_and_instantiates(path, tmp_path,
     for command in ("fit", "validate", "plan"):
         made = PruneCLI([command, "--config", str(path)])
         assert made.folder.name.startswith("runs/")
-        assert [c.sparsity for c in made._pruning()] in ([0.8], [0.9], [0.3])
+        assert [c.sparsity for c in made._pruning()] in ([0.8], [0.9], [0.5], [0.3])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -254,6 +256,39 @@ def test_report_reads_a_stock_folder(tmp_path, capsys):
     assert "query" in capsys.readouterr().out
     assert (tmp_path / "r.json").stat().st_size > 100
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_measures_two_models(tmp_path, capsys):
+    paths = [tiny.save(tmp_path / name / "model") for name in ("dense", "pruned")]
+    files = ["--json", str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png")]
+    assert main(["report", paths[1], "--latency", "--against", paths[0], *files]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "pruned/model" in shown
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert written["weights"] > 0
+    assert [m["name"] for m in written["latency"]["models"]] == ["dense/model", "pruned/model"]
+    assert [b["batch"] for b in written["latency"]["models"][1]["batches"]] == [1, 32]
+    assert written["latency"]["verdict"] in shown
+    assert {f.name for f in tmp_path.glob("*.png")} == {"r.png", "r-latency.png"}
+
+
+def test_report_compares_two_models_by_latency_alone(capsys):
+    assert "add --latency" in fails(["report", "one", "--against", "two"], capsys)
+    message = fails(["report", "one", "--latency", "--against", "one"], capsys)
+    assert "the same model twice" in message
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "names"),
+    [
+        ("runs/a/model", "runs/b/model", ("a/model", "b/model")),
+        ("model", "other/model", ("model", "other/model")),
+        ("runs/ab", "runs/ac", ("ab", "ac")),
+        ("runs/a", "runs/a/model", ("runs/a", "runs/a/model")),
+    ],
+)
+def test_models_are_called_by_what_sets_them_apart(one, other, names):
+    assert apart(one, other) == names
 
 
 @pytest.mark.parametrize(
