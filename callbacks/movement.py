@@ -12,12 +12,13 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from lightning_prune.allocation import LAMP, Allocation, as_allocation
+from lightning_prune.allocation import Allocation, as_allocation
 from lightning_prune.anatomy import ffn_followers
 from lightning_prune.apply import mask_
 from lightning_prune.callbacks.averages import project_averages
 from lightning_prune.callbacks.base import MaskCallback
-from lightning_prune.callbacks.observing import ObservingCallback
+from lightning_prune.callbacks.compacting import CompactingCallback
+from lightning_prune.callbacks.movement_checks import check_movement
 from lightning_prune.callbacks.score_rates import as_factor
 from lightning_prune.callbacks.settings import Settings
 from lightning_prune.callbacks.state import as_text
@@ -34,7 +35,7 @@ __all__ = ["MovementPruning"]
 _PENALTY = 400.0
 
 
-class MovementPruning(ObservingCallback):
+class MovementPruning(CompactingCallback):
     """Keeps the weights that move away from zero: scores are learned, not read off magnitudes.
 
     Every weight has a score that gradient descent moves, pruned or not, by the straight-through
@@ -69,6 +70,8 @@ class MovementPruning(ObservingCallback):
         mask_bias: Whether a bias is pruned where all of its row is.
         freeze_weights: Only scores and output heads learn, everything else keeps its values.
         budget: "parameters", "macs" or "bytes".
+        compact: Whether to cut heads, neurons and layers that are empty out of the model when fit
+            ends.
         total_steps: The run's optimizer steps, where the Trainer cannot know them.
 
     Raises:
@@ -112,6 +115,7 @@ class MovementPruning(ObservingCallback):
         mask_bias: bool = False,
         freeze_weights: bool = False,
         budget: Literal["parameters", "macs", "bytes"] = "parameters",
+        compact: bool = False,
         total_steps: int | None = None,
     ) -> None:
         name = type(self).__name__
@@ -130,46 +134,8 @@ class MovementPruning(ObservingCallback):
             initial_sparsity=0.0,
             total_steps=total_steps,
         )
-        if mode not in ("topk", "soft") or (mode == "topk" and penalty is not None):
-            raise refusal(
-                "Movement pruning has two modes",
-                where=f"{name}(mode=..., penalty=...)",
-                got=f"mode={mode!r}, penalty={penalty}",
-                allowed="mode='topk', which has no penalty, or mode='soft'",
-                fix="write mode='soft' to have a penalty on scores",
-            )
-        if mode == "soft" and settings.schedule.moments == 1:
-            raise refusal(
-                "The penalty of mode 'soft' grows with the sparsity, which has a single step here",
-                where=f"{name}(mode=..., schedule=...)",
-                got=f"mode='soft' with {settings.schedule!r}",
-                allowed="a schedule with several updates",
-                fix="write schedule='cubic', or mode='topk'",
-            )
-        if isinstance(allocation := as_allocation(allocation), LAMP):
-            raise refusal(
-                "LAMP compares squares, and learned scores have a sign",
-                where=f"{name}(allocation=...)",
-                got="LAMP",
-                allowed="'global', 'uniform', 'erk', 'score_shares' or a sparsity per glob",
-                fix="write allocation='global'",
-            )
-        if units not in (None, "ffn"):
-            raise refusal(
-                "Unknown kind of unit",
-                where=f"{name}(units=...)",
-                got=units,
-                allowed="'ffn', or None",
-                fix="leave it out, and choose a pattern",
-            )
-        if units and settings.pattern.final_sparsity() is not None:
-            raise refusal(
-                "Neurons have no N:M pattern, so the two cannot share one budget",
-                where=f"{name}(units=..., pattern=...)",
-                got=f"units={units!r} with {settings.pattern!r}",
-                allowed="'unstructured', blocks, rows or columns beside units",
-                fix="write two callbacks with targets of their own",
-            )
+        allocation = as_allocation(allocation)
+        check_movement(settings, mode, penalty, allocation, units)
         self.mode, self.freeze_weights = mode, freeze_weights
         self.units, self.mask_bias = units, mask_bias
         self._scores = Movement(
@@ -183,7 +149,7 @@ class MovementPruning(ObservingCallback):
         self._remembered = Remembered()
         self._frozen: list[torch.nn.Parameter] = []
         self._trainer: L.Trainer | None = None
-        super().__init__(settings, self._scores, allocation)
+        super().__init__(settings, self._scores, allocation, compact=compact)
         self.policy = replace(self.policy, regrow=True)
 
     @property
@@ -193,6 +159,8 @@ class MovementPruning(ObservingCallback):
 
     def members(self, model: torch.nn.Module) -> Members:
         """What is selected, and what loses rows or columns with it."""
+        if self._removed is not None:
+            return Members(())
         selection = self.selection(model)
         selected = selection.targets
         followers = ffn_followers(model, selected) if self.units == "ffn" else ()

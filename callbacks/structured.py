@@ -1,14 +1,12 @@
-"""Whole units in masks while training, and out of the model at its end."""
+"""Whole units in masks while training."""
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -16,15 +14,13 @@ from lightning_prune.allocation import Allocation, Global
 from lightning_prune.anatomy import KINDS, survey
 from lightning_prune.anatomy.networks import network_in
 from lightning_prune.callbacks.activity import Activity
-from lightning_prune.callbacks.averages import averages_weights, swaps_weights
-from lightning_prune.callbacks.observing import ObservingCallback
+from lightning_prune.callbacks.compacting import CompactingCallback
 from lightning_prune.callbacks.settings import Settings
 from lightning_prune.criteria import Activation, Criterion, Observer
-from lightning_prune.errors import NoEffectWarning, refusal
+from lightning_prune.errors import refusal
 from lightning_prune.followers import Members
-from lightning_prune.masks import MaskSet
 from lightning_prune.patterns import Unstructured
-from lightning_prune.removal import RemovalPlan, compact_, removals_of, remove, replay
+from lightning_prune.removal import RemovalPlan, remove
 from lightning_prune.removal.masked import silence
 from lightning_prune.targets import Excluded, Selection, Target, as_globs, select
 from lightning_prune.unit_policy import Layout, UnitMembers, UnitPolicy
@@ -34,7 +30,7 @@ __all__ = ["StructuredCallback"]
 _BYPASSED = ("hidden", "attention", "mlp", "layers")
 
 
-class StructuredCallback(ObservingCallback):
+class StructuredCallback(CompactingCallback):
     """A mask callback that can prune whole units, and cut them out of the model.
 
     Args:
@@ -44,8 +40,7 @@ class StructuredCallback(ObservingCallback):
         units: Kinds of units, or None for weights one by one.
         multiple_of: Neurons and channels stay in multiples of this.
         uniform: Whether all layers keep as many.
-        compact: Whether to cut out of the model what is empty: False, True (at the end of fit) or
-            "early" (after the last update, so that the rest of the run trains the small model).
+        compact: See `CompactingCallback`; without units, "early" is refused.
     """
 
     def __init__(
@@ -59,14 +54,13 @@ class StructuredCallback(ObservingCallback):
         uniform: bool = False,
         compact: bool | str = False,
     ) -> None:
-        super().__init__(settings, criterion, allocation)
+        super().__init__(settings, criterion, allocation, compact=compact)
         self.units = as_globs(units)
-        self.multiple_of, self.uniform, self.compact = multiple_of, uniform, compact
+        self.multiple_of, self.uniform = multiple_of, uniform
         self._layout: Layout | None = None
         self._kept: dict[str, Tensor] = {}
         self._activity: Activity | None = None
         self._hooks: list[RemovableHandle] = []
-        self._removed: dict[str, Any] | None = None  # the record of what was cut out mid-run
         self._check_arguments()
 
     def _check_arguments(self) -> None:
@@ -87,14 +81,6 @@ class StructuredCallback(ObservingCallback):
                 got=step,
                 allowed="an integer >= 1",
                 fix="write multiple_of=8",
-            )
-        if self.compact not in (False, True, "early"):
-            raise refusal(
-                "Unknown time to cut empty units out",
-                where=f"{name}(compact=...)",
-                got=self.compact,
-                allowed="False, True (when fit ends) or 'early' (after the last update)",
-                fix="write compact=True",
             )
         if units is None:
             if isinstance(self.policy.criterion, Activation):
@@ -198,42 +184,8 @@ class StructuredCallback(ObservingCallback):
 
     # Set-up -------------------------------------------------------------------------------------
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Gives a model the shape that it had when the checkpoint was written."""
-        super().setup(trainer, pl_module, stage)
-        if not self.compact:
-            return
-        network = network_in(pl_module)[1]
-        before = removals_of(network)
-        if self._removed is not None and before is None:
-            raise refusal(
-                "This callback has cut another model",
-                where=f"{self.name}(compact={self.compact!r})",
-                got="a second fit with a model that is whole",
-                allowed="the model that was cut",
-                fix="make a new callback for it",
-            )
-        if before is None:
-            self._cut_before_load(pl_module, network)
-
-    def _cut_before_load(self, pl_module: L.LightningModule, network: torch.nn.Module) -> None:
-        """Sees a checkpoint before its weights are loaded, which no hook of a callback does."""
-        plain = pl_module.on_load_checkpoint
-
-        def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
-            record = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("removed")
-            if record:
-                replay(network, record)
-                self._removed = record
-            plain(checkpoint)
-
-        vars(pl_module)["on_load_checkpoint"] = on_load_checkpoint
-
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Attaches what masks on weights cannot stand for: skipped layers, norms of fewer."""
-        vars(pl_module).pop("on_load_checkpoint", None)
-        if self.compact == "early":
-            self._check_early(trainer)
         super().on_fit_start(trainer, pl_module)
         members = self._members
         if isinstance(members, UnitMembers) and members.layout is not None:
@@ -246,28 +198,9 @@ class StructuredCallback(ObservingCallback):
             if isinstance(self.policy.criterion, Activation) and not self.finished:
                 self._activity = Activity(network, self._layout)
 
-    def _check_early(self, trainer: L.Trainer) -> None:
-        single = isinstance(trainer.strategy, SingleDeviceStrategy)
-        averaged = averages_weights(trainer) or swaps_weights(trainer)
-        if self.units is None or not single or averaged:
-            raise refusal(
-                "Nothing can be cut out of a model in the middle of this run",
-                where=f"{self.name}(compact='early')",
-                got="no units"
-                if self.units is None
-                else "a callback that averages weights"
-                if averaged
-                else type(trainer.strategy).__name__,
-                allowed="units, one process, and no averaging",
-                fix="write compact=True, which cuts when fit ends",
-            )
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lays the schedule onto the run; units that a resumed state has lost stay lost."""
-        actual = self._actual
         super().on_train_start(trainer, pl_module)
-        if self._removed is not None:
-            self._actual = actual
         self._follow()
 
     # Training -----------------------------------------------------------------------------------
@@ -295,53 +228,18 @@ class StructuredCallback(ObservingCallback):
             for name, kept in self._layout.kept(self._masks).items():
                 self._kept[name].copy_(kept)
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """After the last update, cuts the model where that was asked for."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self.compact == "early" and self.finished and self._removed is None:
-            self._cut(trainer, pl_module)
-            counts = self._counter.counts
-            self._counter.attach(trainer.optimizers, (), self._after_step, ())
-            self._counter.start_at(counts)
+    @property
+    def cuts_early(self) -> bool:
+        """Whether what goes is known to the last unit, so that optimizers can follow."""
+        return self.units is not None
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lets go of the model, and cuts it where that was asked for."""
-        super().on_fit_end(trainer, pl_module)
-        if self.compact and self._removed is None and self.finished:
-            self._cut(trainer, pl_module)
-
-    def _cut(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _remove(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._unhook()
         if self._layout is None:
-            compact_(pl_module)
+            super()._remove(trainer, pl_module)
         else:
             plan = RemovalPlan.of(self._layout.anatomy, self._kept)
             remove(pl_module, plan, optimizers=trainer.optimizers)
-        record = removals_of(pl_module)
-        if record is None and self.sparsity == 0:
-            return
-        if record is None:
-            warnings.warn(
-                f"{self.name}(compact=True) cut nothing out of the model: no head, neuron, channel "
-                "or layer is empty. A row of zeros whose bias is not zero still gives something",
-                NoEffectWarning,
-                stacklevel=2,
-            )
-            return
-        self._removed = record.to_dict()
-        self._members, self._masks = Members(()), MaskSet({})
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Lets go of the model."""
-        vars(pl_module).pop("on_load_checkpoint", None)
-        super().teardown(trainer, pl_module, stage)
 
     def _release(self) -> None:
         super()._release()
@@ -357,17 +255,14 @@ class StructuredCallback(ObservingCallback):
     # State --------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The masks' state, and the record of what was cut out."""
+        """The masks' state, and what units did since the last update."""
         state = super().state_dict()
-        if state and self._removed is not None and self._timeline is not None:
-            state |= {"removed": self._removed, "actual": self._actual}
         if state and self._activity is not None and self._timeline is not None:
             state["activity"] = self._activity.state_dict()
         return state
 
     def _restore(self, state: dict[str, Any]) -> None:
         super()._restore(state)
-        self._actual = float(state.get("actual", self._actual))
         if self._activity is not None and "activity" in state:
             self._activity.load_state_dict(state["activity"])
 
