@@ -20,7 +20,7 @@ quickstart: $(MODELS)
 	$(BIN)/lightning-prune fit --config examples/quickstart.yaml
 
 test: $(MODELS)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check

@@ -11,7 +11,7 @@ import torch
 from hypothesis import settings
 
 # More threads than this slow small models down and starve the second rank of distributed tests.
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 # The first call of a torch kernel is slow, so no deadline; the same examples in every run.
 settings.register_profile("lightning-prune", deadline=None, derandomize=True, print_blob=True)

@@ -7,22 +7,22 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lightning_prune.anatomy.families import FAMILIES
 from lightning_prune.errors import PruneError, refusal
 from lightning_prune.followers import Follower, biases_of
 from lightning_prune.targets import Target, canonical_name
 
 __all__ = ["FFN", "ffn_followers", "find_ffn"]
 
-# What leads into the neurons (the first one leads the others), what leads out, and where.
+# What leads into the neurons (the first one leads the others), and what leads out.
 _NAMES: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Qwen2, Qwen3, Gemma 2
-    (("intermediate.dense",), "output.dense"),  # BERT, RoBERTa
-    (("ffn.lin1",), "ffn.lin2"),  # DistilBERT
-    (("c_fc",), "c_proj"),  # GPT-2
-    (("fc1",), "fc2"),  # OPT, ViT
-    (("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX
-    (("wi_0", "wi_1"), "wo"),  # gated T5
-    (("wi",), "wo"),  # T5
+    *dict.fromkeys(
+        (row.inputs, row.output)
+        for family in FAMILIES
+        for stack in family.stacks
+        for row in stack.ffn
+        if not row.fused
+    ),
     (("linear1",), "linear2"),  # torch.nn.TransformerEncoderLayer
 )
 _FUSED = ("gate_up_proj",)  # Phi-3: two rows of one matrix make a neuron

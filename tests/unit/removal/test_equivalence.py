@@ -12,16 +12,13 @@ from lightning_prune.removal import check_equal, cut, difference
 from tests import families
 from tests.refusals import refused
 
-FEW, MANY = range(4), range(4, 20)  # draws
-GROUPED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3")
+SEEDS = range(3)  # benchmarks/check_equivalence.py makes 20 draws
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
-@pytest.mark.parametrize("seeds", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=str)
 @torch.no_grad()
-def test_masked_and_smaller_networks_agree(family, seeds, record_property):
-    worst, met = 0.0, set()
-    for seed in seeds:
+def test_masked_and_smaller_networks_agree(family):
+    for seed in SEEDS:
         model = families.network(family, seed)
         given = families.batch(model, seed)
         anatomy = survey(model)
@@ -38,18 +35,11 @@ def test_masked_and_smaller_networks_agree(family, seeds, record_property):
             cut(smaller, anatomy, masks)
             apart = difference(model, smaller, anatomy, masks, given)
             assert apart <= 1e-5, f"{type(model).__name__}, seed {seed}, {kinds}: {apart:.2g}"
-            worst = max(worst, apart)
             said = smaller(**given)[0]
             if said.shape == dense.shape:
                 assert not torch.allclose(said, dense, atol=1e-3), f"seed {seed}, {kinds}"
             left = sum(p.numel() for p in smaller.parameters())
             assert int(counter.count(masks)) == left, f"seed {seed}, {kinds}"
-            met.add(kinds)
-    if len(seeds) > 4:
-        without = set() if family in GROUPED else {"query_heads"}
-        without |= {"attention"} if family == "t5" else set()  # its first one has the positions
-        assert {k for k in families.TRANSFORMER_KINDS if (k,) not in met} == without
-    record_property("worst relative difference", worst)
 
 
 def test_a_wrong_cut_is_refused():
