@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_prune.anatomy import ActivationImportance
 from lightning_prune.distributed import Shards
 from lightning_prune.errors import refusal
-from lightning_prune.unit_policy import Layout
+from lightning_prune.unit_layout import Layout
 
 __all__ = ["Activity"]
 
@@ -29,7 +29,7 @@ class Activity:
 
     def __init__(self, network: nn.Module, layout: Layout) -> None:
         self._network, self._layout = network, layout
-        self._seen = ActivationImportance(network, layout.anatomy)
+        self._seen = ActivationImportance(network, layout.anatomy, training=True)
         for group in layout.groups:
             if group.name in self._seen.missing:
                 self._seen.close()
@@ -57,7 +57,7 @@ class Activity:
             )
         found = self._seen.scores(self._shards())
         self._seen.close()
-        self._seen = ActivationImportance(self._network, self._layout.anatomy)
+        self._seen = ActivationImportance(self._network, self._layout.anatomy, training=True)
         scores = {g.name: found[g.name].clamp_min(0) for g in self._layout.groups}
         return {n: s / s.mean().clamp_min(1e-30) for n, s in scores.items()}
 

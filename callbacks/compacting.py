@@ -7,11 +7,13 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lightning_prune.allocation import Allocation
+from lightning_prune.anatomy import survey
 from lightning_prune.anatomy.networks import network_in
 from lightning_prune.callbacks.averages import averages_weights, swaps_weights
+from lightning_prune.callbacks.base import MaskCallback
 from lightning_prune.callbacks.observing import ObservingCallback
 from lightning_prune.callbacks.settings import Settings
 from lightning_prune.criteria import Criterion
@@ -62,11 +64,31 @@ class CompactingCallback(ObservingCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Gives a model the shape that it had when the checkpoint was written."""
         super().setup(trainer, pl_module, stage)
-        if not self.compact:
-            return
-        network = network_in(pl_module)[1]
-        before = removals_of(network)
-        if self._removed is not None and before is None:
+        if self.compact:
+            self._cut_before_load(pl_module)
+
+    def _cut_before_load(self, pl_module: L.LightningModule) -> None:
+        """Sees a checkpoint before its weights are loaded, which no hook of a callback does."""
+        plain = pl_module.on_load_checkpoint
+
+        def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+            record = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("removed")
+            if record and removals_of(pl_module) is None:
+                replay(network_in(pl_module)[1], record)
+                self._removed = record
+            plain(checkpoint)
+
+        vars(pl_module)["on_load_checkpoint"] = on_load_checkpoint
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuses what cannot be cut, before anything is trained."""
+        vars(pl_module).pop("on_load_checkpoint", None)
+        if self.compact:
+            self._check_cut(trainer, pl_module)
+        super().on_fit_start(trainer, pl_module)
+
+    def _check_cut(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._removed is not None and removals_of(pl_module) is None:
             raise refusal(
                 "This callback has cut another model",
                 where=f"{self.name}(compact={self.compact!r})",
@@ -74,42 +96,45 @@ class CompactingCallback(ObservingCallback):
                 allowed="the model that was cut",
                 fix="make a new callback for it",
             )
-        if before is None:
-            self._cut_before_load(pl_module, network)
-
-    def _cut_before_load(self, pl_module: L.LightningModule, network: nn.Module) -> None:
-        """Sees a checkpoint before its weights are loaded, which no hook of a callback does."""
-        plain = pl_module.on_load_checkpoint
-
-        def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
-            record = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("removed")
-            if record:
-                replay(network, record)
-                self._removed = record
-            plain(checkpoint)
-
-        vars(pl_module)["on_load_checkpoint"] = on_load_checkpoint
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses a cut in mid-run that cannot be made."""
-        vars(pl_module).pop("on_load_checkpoint", None)
+        if self._removed is None:
+            survey(pl_module)  # refuses what is not recognised
+        pruners = [c for c in trainer.callbacks if isinstance(c, MaskCallback)]  # type: ignore[attr-defined]
+        others = [c.name for c in pruners if c is not self]
+        cutting = [c.name for c in pruners if isinstance(c, CompactingCallback) and c.compact]
+        if len(cutting) > 1:
+            raise refusal(
+                "One callback cuts for all of a Trainer",
+                where=f"{self.name}(compact={self.compact!r})",
+                got=", ".join(cutting),
+                allowed="compact on one pruning callback",
+                fix="leave compact out of all but the last one",
+            )
+        split = next((n for n, p in pl_module.named_parameters() if isinstance(p, DTensor)), None)
+        if split is not None:
+            raise refusal(
+                "Nothing can be cut out of weights that are split over ranks",
+                where=f"{self.name}(compact={self.compact!r}), {split}",
+                got="FSDP2",
+                allowed="weights that every rank holds whole",
+                fix="train with DDP, or call lightning_prune.compact on the gathered model",
+            )
         if self.compact == "early":
-            self._check_early(trainer)
-        super().on_fit_start(trainer, pl_module)
+            self._check_early(trainer, others)
 
-    def _check_early(self, trainer: L.Trainer) -> None:
-        single = isinstance(trainer.strategy, SingleDeviceStrategy)
-        averaged = averages_weights(trainer) or swaps_weights(trainer)
-        if not self.cuts_early or not single or averaged:
+    def _check_early(self, trainer: L.Trainer, others: list[str]) -> None:
+        reasons = {
+            "no units": not self.cuts_early,
+            "a callback that averages weights": averages_weights(trainer) or swaps_weights(trainer),
+            f"another pruning callback: {', '.join(others)}": bool(others),
+            type(trainer.strategy).__name__: not isinstance(trainer.strategy, SingleDeviceStrategy),
+        }
+        found = next((reason for reason, holds in reasons.items() if holds), None)
+        if found is not None:
             raise refusal(
                 "Nothing can be cut out of a model in the middle of this run",
                 where=f"{self.name}(compact='early')",
-                got="no units"
-                if not self.cuts_early
-                else "a callback that averages weights"
-                if averaged
-                else type(trainer.strategy).__name__,
-                allowed="units, one process, and no averaging",
+                got=found,
+                allowed="units, one process, one pruning callback, and no averaging",
                 fix="write compact=True, which cuts when fit ends",
             )
 

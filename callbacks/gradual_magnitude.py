@@ -8,7 +8,8 @@ from typing import Literal
 from lightning_prune.allocation import Allocation, as_allocation
 from lightning_prune.callbacks.settings import Budget, Settings
 from lightning_prune.callbacks.structured import StructuredCallback
-from lightning_prune.criteria import Activation, Criterion, Magnitude, Random, Taylor
+from lightning_prune.criteria import Criterion, Magnitude, Random, Taylor
+from lightning_prune.criteria.activation import Activation
 from lightning_prune.errors import refusal
 from lightning_prune.patterns import Pattern, as_pattern
 from lightning_prune.schedules import Schedule, as_schedule

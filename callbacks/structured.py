@@ -16,14 +16,16 @@ from lightning_prune.anatomy.networks import network_in
 from lightning_prune.callbacks.activity import Activity
 from lightning_prune.callbacks.compacting import CompactingCallback
 from lightning_prune.callbacks.settings import Settings
-from lightning_prune.criteria import Activation, Criterion, Observer
+from lightning_prune.criteria import Criterion, Observer
+from lightning_prune.criteria.activation import Activation
 from lightning_prune.errors import refusal
 from lightning_prune.followers import Members
 from lightning_prune.patterns import Unstructured
 from lightning_prune.removal import RemovalPlan, remove
 from lightning_prune.removal.masked import silence
 from lightning_prune.targets import Excluded, Selection, Target, as_globs, select
-from lightning_prune.unit_policy import Layout, UnitMembers, UnitPolicy
+from lightning_prune.unit_layout import Layout
+from lightning_prune.unit_policy import UnitMembers, UnitPolicy
 
 __all__ = ["StructuredCallback"]
 
@@ -73,15 +75,6 @@ class StructuredCallback(CompactingCallback):
                 allowed=", ".join(map(repr, KINDS)),
                 fix="write units=['heads', 'ffn'], or leave it out for single weights",
             )
-        step = self.multiple_of
-        if isinstance(step, bool) or not isinstance(step, int) or step < 1:
-            raise refusal(
-                "Sizes stay multiples of a whole number",
-                where=f"{name}(multiple_of=...)",
-                got=step,
-                allowed="an integer >= 1",
-                fix="write multiple_of=8",
-            )
         if units is None:
             if isinstance(self.policy.criterion, Activation):
                 raise refusal(
@@ -91,7 +84,7 @@ class StructuredCallback(CompactingCallback):
                     allowed="units=['heads', 'ffn'] and other kinds",
                     fix="write units=[...], or another criterion",
                 )
-            if step != 1 or self.uniform:
+            if self.multiple_of != 1 or self.uniform:
                 raise refusal(
                     "Only units have sizes that can be rounded or made equal",
                     where=f"{name}(multiple_of=..., uniform=...)",
@@ -127,17 +120,29 @@ class StructuredCallback(CompactingCallback):
                 fix="call lightning_prune.compact(model) first: it removes what is empty already",
             )
 
+    @property
+    def state_key(self) -> str:
+        """Tells two callbacks of one class in one Trainer apart."""
+        if self.units is None:
+            return super().state_key
+        settings = self.settings
+        return self._generate_state_key(
+            targets=settings.targets, exclude=settings.exclude, units=self.units
+        )
+
     # What is pruned -----------------------------------------------------------------------------
 
     def selection(self, model: torch.nn.Module) -> Selection:
         """What this callback would prune in a model, and what not and why."""
-        plain = super().selection(model)
         if self.units is None or self._removed is not None:
-            return plain
-        layout = self._lay_out(model)
+            return super().selection(model)
+        return self._within(model, self._lay_out(model))
+
+    def _within(self, model: torch.nn.Module, layout: Layout) -> Selection:
+        plain = super().selection(model)
         names = {layout.anatomy.prefix + name for name in layout.tensors_touched}
         left = [
-            Excluded(name=t.name, size=t.size, reason=f"belongs to no unit of {list(self.units)}")
+            Excluded(name=t.name, size=t.size, reason=f"belongs to no unit of {list(layout.kinds)}")
             for t in plain.targets
             if t.name not in names
         ]
@@ -151,13 +156,26 @@ class StructuredCallback(CompactingCallback):
         if self.units is None:
             return super().members(model)
         layout = self._lay_out(model)
+        if "hidden" in self.units:
+            self._check_outside(model, layout)
+        selected = self._within(model, layout).targets
         names = {layout.anatomy.prefix + name for name in layout.tensors_touched}
-        selected = self.selection(model).targets
-        chosen = {t.name for t in selected}
-        self._check_selection(layout, chosen)
-        rest = sorted(names - chosen)
+        rest = sorted(names - {t.name for t in selected})
         others = select(model, rest, frozen=True).targets if rest else ()
         return UnitMembers(selected=selected, others=others, layout=layout)
+
+    def _check_outside(self, model: torch.nn.Module, layout: Layout) -> None:
+        """Refuses to take channels from under what may read them."""
+        inside = {id(p) for p in network_in(model)[1].parameters()}
+        outside = [n for n, p in model.named_parameters() if id(p) not in inside]
+        if outside:
+            raise refusal(
+                "Parameters outside of the transformers model may read the channels that would go",
+                where=f"{self.name}(units=...), {layout.anatomy.prefix}",
+                got=", ".join(outside[:4]),
+                allowed="a module whose parameters all belong to the transformers model",
+                fix="leave 'hidden' out of units",
+            )
 
     def _lay_out(self, model: torch.nn.Module) -> Layout:
         return Layout(
@@ -167,20 +185,6 @@ class StructuredCallback(CompactingCallback):
             uniform=self.uniform,
             cut=bool(self.compact),
         )
-
-    def _check_selection(self, layout: Layout, chosen: set[str]) -> None:
-        prefix = layout.anatomy.prefix
-        for group in layout.groups:
-            owned = [prefix + p.tensor for p in group.parts]
-            owned += [prefix + n for n in layout.anatomy.shapes for s in group.sites if s.owns(n)]
-            if not chosen.intersection(owned):
-                raise refusal(
-                    "No selected weight belongs to a unit, so that it has no score",
-                    where=f"{self.name}(units=...), {group.name}",
-                    got=f"{len(chosen)} selected weights elsewhere",
-                    allowed="a selection with weights of every unit",
-                    fix="change targets and exclude, or leave this kind of unit out",
-                )
 
     # Set-up -------------------------------------------------------------------------------------
 

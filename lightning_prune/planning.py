@@ -15,7 +15,8 @@ from lightning_prune.errors import refusal
 from lightning_prune.patterns import as_pattern
 from lightning_prune.removal import RemovalPlan
 from lightning_prune.targets import as_globs, select
-from lightning_prune.unit_policy import Layout, UnitPolicy
+from lightning_prune.unit_layout import Layout
+from lightning_prune.unit_policy import UnitPolicy
 
 __all__ = ["plan_removal"]
 

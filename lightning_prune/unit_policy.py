@@ -9,116 +9,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_prune.anatomy import Anatomy, Counter, Group
+from lightning_prune.anatomy import Counter, Group
 from lightning_prune.anatomy.scores import unit_scores
 from lightning_prune.distributed import Shards
 from lightning_prune.errors import refusal
 from lightning_prune.followers import Members
 from lightning_prune.policy import Policy
 from lightning_prune.targets import Target
+from lightning_prune.unit_layout import Layout
 
-__all__ = ["Layout", "UnitMembers", "UnitPolicy"]
+__all__ = ["UnitMembers", "UnitPolicy"]
 
 _ROUNDED = ("ffn", "hidden")
 _SLACK = 1e-6  # of a count, for rounding
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """Which units may go, and in which steps.
-
-    Attributes:
-        anatomy: What the network is made of.
-        kinds: The kinds of units that may go.
-        multiple_of: Neurons and channels stay in multiples of this number.
-        uniform: Whether all layers keep as many units of a kind.
-        cut: Whether they are cut out of the model in the end.
-    """
-
-    anatomy: Anatomy
-    kinds: tuple[str, ...]
-    multiple_of: int = 1
-    uniform: bool = False
-    cut: bool = False
-
-    @property
-    def groups(self) -> tuple[Group, ...]:
-        """The groups whose units may go."""
-        return tuple(g for kind in self.kinds for g in self.anatomy.of(kind))
-
-    @property
-    def tensors_touched(self) -> set[str]:
-        """Names of the parameters that units own a part of."""
-        names = set(self.anatomy.itemsizes)
-        touched = {p.tensor for g in self.groups for p in g.parts}
-        sites = [site for g in self.groups for site in g.sites]
-        return (touched & names) | {n for n in names if any(s.owns(n) for s in sites)}
-
-    def kept(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Which units are left, seen from masks of tensors.
-
-        Args:
-            masks: Bool masks by parameter name of the module; tensors left out are whole.
-
-        Returns:
-            Bool masks by group name: a unit is gone when all its entries are.
-        """
-        prefix = self.anatomy.prefix
-        given = {n.removeprefix(prefix): m for n, m in masks.items()}
-        found: dict[str, Tensor] = {}
-        for group in self.groups:
-            kept = torch.ones(group.size, dtype=torch.bool)
-            for number, site in enumerate(group.sites):
-                owned = [m for n, m in given.items() if site.owns(n)]
-                kept[number] = not owned or any(bool(m.any()) for m in owned)
-            found[group.name] = kept
-        gone = self.anatomy.removed_sites(found)
-        for group in self.groups:
-            # what lies in a layer that is gone says nothing of the others
-            parts = [
-                p
-                for p in group.parts
-                if p.tensor in given and not any(site.owns(p.tensor) for site in gone)
-            ]
-            used = torch.full((group.size,), not parts)
-            for part in parts:
-                mask = given[part.tensor].cpu()
-                others = [d for d in range(mask.dim()) if d != part.dim]
-                used |= (mask.any(others) if others else mask)[part.index].any(1)
-            if group.parts:
-                found[group.name] = used
-        return found
-
-    def alive(self, kept: Mapping[str, Tensor]) -> list[Group]:
-        """The groups that do not lie in a sub-layer or layer that is gone."""
-        gone = self.anatomy.removed_sites(kept)
-        return [
-            g
-            for g in self.groups
-            if not g.parts or not all(any(s.owns(p.tensor) for s in gone) for p in g.parts)
-        ]
-
-    def tensors(
-        self, kept: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Masks of tensors from those of units.
-
-        Args:
-            kept: Bool masks by group name.
-            shapes: Shapes of the tensors to give masks of, by the network's own names.
-
-        Yields:
-            Name and bool mask.
-        """
-        entries = self.anatomy.entries(kept)
-        gone = self.anatomy.removed_sites(kept)
-        for name, shape in shapes.items():
-            mask = torch.ones(shape, dtype=torch.bool)
-            for dim, stays in entries.get(name, {}).items():
-                mask &= stays.view([-1 if d == dim else 1 for d in range(len(shape))])
-            if any(site.owns(name) for site in gone):
-                mask.zero_()
-            yield name, mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +103,20 @@ class UnitPolicy(Policy):
     given: Mapping[str, Tensor] | None = field(default=None, repr=False)
 
     def check(self, targets: Sequence[Target], sparsity: float | None, shards: Shards) -> None:
-        """Refuses a budget that cannot be met while every group keeps a unit."""
+        """Refuses units without a score, and a budget that needs more than may go."""
+        prefix = self.layout.anatomy.prefix
+        mine = {t.name.removeprefix(prefix) for t in targets}
+        for group in self.layout.groups if self.given is None else ():
+            owned = {p.tensor for p in group.parts}
+            owned |= {n for n in mine for s in group.sites if s.owns(n)}
+            if not mine & owned:
+                raise refusal(
+                    "No selected weight belongs to a unit, so that it has no score",
+                    where=f"units={list(self.layout.kinds)}, {group.name}",
+                    got=f"{len(mine)} selected weights elsewhere",
+                    allowed="a selection with weights of every unit",
+                    fix="change targets and exclude, or leave this kind of unit out",
+                )
         if sparsity is None:
             return
         fewest = {g.name: torch.zeros(g.size, dtype=torch.bool) for g in self.layout.groups}
@@ -329,6 +245,10 @@ class UnitPolicy(Policy):
 
     def _chain(self, group: Group, score: Tensor) -> list[_Step]:
         """One group's steps, lowest first; scores rise, since each is a mean of later ones."""
+        stays = self.layout.stays(group)
+        first = score[:stays].isinf().logical_not()  # what is gone is not brought back
+        score = score.clone()
+        score[:stays][first] = torch.inf
         order = torch.argsort(score, stable=True).tolist()
         width = self.layout.multiple_of if group.kind in _ROUNDED else 1
         end = group.size - self._least(group)
@@ -374,7 +294,7 @@ class UnitPolicy(Policy):
 
     @property
     def reloads(self) -> Literal["stock", "manifest"]:
-        """What loads the result; "manifest" also where a lucky choice of sizes might be stock."""
+        """What loads the result: "stock" if the config accepts the sizes that are left."""
         kinds, row = set(self.layout.kinds), self.layout.anatomy.row
         by_layer = kinds & {"heads", "query_heads", "ffn"}
         whole = row.stored_head_dim or not kinds & {"heads", "query_heads", "hidden"}

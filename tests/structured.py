@@ -15,12 +15,12 @@ from tests.conformance.toy import OPTIMIZERS
 SIZES = {"vocab_size": 16, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4}
 
 
-def bert() -> nn.Module:
+def bert(**changed: Any) -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
     return BertForSequenceClassification(
         BertConfig(
-            **SIZES,
+            **(SIZES | changed),
             intermediate_size=24,
             max_position_embeddings=16,
             num_labels=4,

@@ -47,6 +47,8 @@ class ActivationImportance:
         model: The transformers model, or a module that holds exactly one. It gets hooks now, until
             `close`, or until the end of a ``with`` block.
         anatomy: What it is made of.
+        training: Whether only calls in training mode count; what a checkpointed backward pass runs
+            again does not.
 
     Attributes:
         examples: How many examples were seen in this process.
@@ -75,8 +77,9 @@ class ActivationImportance:
         {'layers.0.heads': 2, 'layers.0.ffn': 4, 'attention': 1, 'mlp': 1, 'layers': 1, 'hidden': 8}
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
+    def __init__(self, model: nn.Module, anatomy: Anatomy, *, training: bool = False) -> None:
         _, network = network_in(model)
+        self._training = training
         _check_same(network, anatomy)
         self.examples = 0
         self.missing: dict[str, str] = {}
@@ -148,11 +151,16 @@ class ActivationImportance:
             self._add(modules[layer], partial(self._on_sub_layer, group, number, site))
 
     def _add(self, module: nn.Module, hook: Callable[..., None]) -> None:
-        self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        def watch(*call: Any) -> None:
+            if self._tokens is not None or not self._training:
+                hook(*call)
+
+        self._handles.append(module.register_forward_hook(watch, with_kwargs=True))
 
     def _begin(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        self._calls.clear()
-        self._tokens = tokens_of(module, given, named)
+        self._forget()
+        if module.training or not self._training:
+            self._tokens = tokens_of(module, given, named)
 
     def _end(self, module: nn.Module, given: tuple[Any, ...], output: object) -> None:
         if self._tokens is not None:

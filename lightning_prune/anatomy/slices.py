@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.anatomy.absent import is_absent
 from lightning_prune.anatomy.families import Attention, FeedForward
 from lightning_prune.anatomy.units import Part
 from lightning_prune.errors import refusal
@@ -43,7 +44,7 @@ def at(module: nn.Module, path: str) -> Any:
 
 def present(layer: nn.Module, rows: tuple[FeedForward, ...]) -> FeedForward | None:
     """The first row whose modules a layer has."""
-    paths = {n for n, _ in layer.named_modules()}
+    paths = {n for n, _ in layer.named_modules() if not is_absent(layer, n)}
     return next((r for r in rows if {*r.inputs, r.output} <= paths), None)
 
 
@@ -103,7 +104,7 @@ def head_rows(
     return q, (k, k), q
 
 
-def dims(rows: Tensor, width: int, units: Tensor) -> Tensor:
+def dims(rows: Tensor, units: Tensor) -> Tensor:
     """Which of the rows (heads, width) each unit of a head's dimensions owns, in every head."""
     return rows[:, units].transpose(0, 1).reshape(len(units), -1)
 

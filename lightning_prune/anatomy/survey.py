@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.anatomy.absent import is_absent
 from lightning_prune.anatomy.families import Attention, Family, Stack, family_of
 from lightning_prune.anatomy.inference import infer
 from lightning_prune.anatomy.kinds import Kind
 from lightning_prune.anatomy.networks import config_number, head_size, network_in
+from lightning_prune.anatomy.rotary import rotary_modules, rotary_pairs
 from lightning_prune.anatomy.slices import (
     Slices,
     at,
@@ -31,13 +33,19 @@ from lightning_prune.errors import refusal
 __all__ = ["survey"]
 
 
-def survey(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Anatomy:
+def survey(
+    model: nn.Module, inputs: Mapping[str, Tensor] | None = None, *, stream: bool = True
+) -> Anatomy:
     """Finds what a network is made of.
+
+    Sub-layers that were removed are no units: those that are left have the numbers 0, 1, 2, ...,
+    as layers do, and the paths of their sites say in which layers they are.
 
     Args:
         model: A transformers model, or a module that holds exactly one.
         inputs: One batch as its forward takes it, to see which layers read the residual stream;
             None = made up.
+        stream: Whether to look for the channels of the residual stream; nothing runs otherwise.
 
     Returns:
         Its units. Names in it are those of the transformers model's own parameters.
@@ -50,7 +58,7 @@ def survey(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Anat
     family = family_of(config.model_type)
     row = infer(network) if family is None else _present(family, network)
     return _Surveyor(network, row, prefix, "inferred" if family is None else row.types[0]).run(
-        inputs
+        inputs, stream
     )
 
 
@@ -76,24 +84,14 @@ class _Surveyor:
         self.reads: list[Part] = []  # the stream's slices in layers
         self.writes: list[Part] = []
 
-    def run(self, batch: Mapping[str, Tensor] | None) -> Anatomy:
+    def run(self, batch: Mapping[str, Tensor] | None, stream: bool) -> Anatomy:
         for stack in self.row.stacks:
             self._stack(stack)
         self._head_dims()
-        size = config_number(self.network, "hidden_size")
-        hidden, writers = stream_parts(
-            self.network, self.row, size, self.reads, self.writes, self.apart, self.names, batch
-        )
-        self._add(
-            Group(
-                name="hidden",
-                kind="hidden",
-                layer=None,
-                size=size,
-                parts=hidden,
-                silent_if=(writers,) if writers else (),
-            )
-        )
+        if stream:
+            self._hidden(batch)
+        else:
+            self.missing["hidden"] = "it was not looked for"
         for kind, why in (
             ("query_heads", "every key has one query"),
             ("attention", "its attention sub-layers cannot be left out one by one"),
@@ -123,6 +121,22 @@ class _Surveyor:
         if group.size and (group.parts or group.sites):
             self.groups[group.name] = group
 
+    def _hidden(self, batch: Mapping[str, Tensor] | None) -> None:
+        size = config_number(self.network, "hidden_size")
+        hidden, writers = stream_parts(
+            self.network, self.row, size, self.reads, self.writes, self.apart, self.names, batch
+        )
+        self._add(
+            Group(
+                name="hidden",
+                kind="hidden",
+                layer=None,
+                size=size,
+                parts=hidden,
+                silent_if=(writers,) if writers else (),
+            )
+        )
+
     # Layers -------------------------------------------------------------------------------------
 
     def _stack(self, stack: Stack) -> None:
@@ -141,10 +155,11 @@ class _Surveyor:
             path = f"{self.root}{stack.layers}.{i}"
             place = f"{stack.name}layers.{i}"
             for attention in stack.attentions:
-                self._heads(layer, attention, stack, place, i, shared)
+                if not is_absent(layer, attention.block):
+                    self._heads(layer, attention, stack, place, i, shared)
             self._neurons(layer, stack, place, i)
             for kind, skip in (("attention", stack.attention_skip), ("mlp", stack.mlp_skip)):
-                if skip is not None:
+                if skip is not None and not is_absent(layer, skip.silenced[0]):
                     sites[kind].append(  # type: ignore[index]
                         Site(
                             path=f"{path}.{skip.silenced[0]}",
@@ -293,8 +308,9 @@ class _Surveyor:
         kv: tuple[Tensor, Tensor],
         out: tuple[nn.Module, Tensor],
     ) -> str:
-        pairs = self._pairs()
+        pairs = rotary_pairs(self.network)
         if pairs is None:
+            self.missing["head_dims"] = "its rotary frequencies are made anew while it runs"
             return ""
         units = torch.arange(width)[:, None]
         if pairs:
@@ -302,8 +318,8 @@ class _Surveyor:
         modules = [query, *self._kv(block, attention, kv, query[0])]
         parts: list[Part] = []
         for module, rows in modules:
-            parts += self.slices.rows(module, dims(rows, width, units))
-        parts += self.slices.columns(out[0], dims(out[1], width, units))
+            parts += self.slices.rows(module, dims(rows, units))
+        parts += self.slices.columns(out[0], dims(out[1], units))
         for norm in attention.norms:
             parts.append(self.slices.part(at(block, norm).weight, 0, units))
         parts = joined(parts)
@@ -323,22 +339,6 @@ class _Surveyor:
         )
         return name
 
-    def _rotary(self) -> list[Any]:
-        return [
-            m for m in self.network.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)
-        ]
-
-    def _pairs(self) -> int | None:
-        """Pairs that rotary positions turn together; 0 without them, None where they change."""
-        rotary = self._rotary()
-        if not rotary:
-            return 0
-        sizes = {int(m.inv_freq.numel()) for m in rotary}
-        if any(getattr(m, "rope_type", "default") != "default" for m in rotary) or len(sizes) > 1:
-            self.missing["head_dims"] = "its rotary frequencies are made anew while it runs"
-            return None
-        return sizes.pop()
-
     def _head_dims(self) -> None:
         group = self.groups.get("head_dims")
         if group is None:
@@ -346,7 +346,7 @@ class _Surveyor:
         units = torch.arange(group.size)[:, None]
         parts = [
             self.slices.part(buffer, 0, units)
-            for module in self._rotary()
+            for module in rotary_modules(self.network)
             for buffer in (module.inv_freq, getattr(module, "original_inv_freq", None))
             if isinstance(buffer, Tensor) and id(buffer) in self.names
         ]
@@ -363,7 +363,7 @@ class _Surveyor:
         row = present(layer, stack.ffn)
         paths = [] if row is None else [row.output]
         if kind == "attention":
-            paths = [a.output for a in stack.attentions]
+            paths = [a.output for a in stack.attentions if not is_absent(layer, a.block)]
         found = [p for path in paths for p in at(layer, path).parameters(recurse=False)]
         return tuple(self.names[id(p)] for p in found)
 

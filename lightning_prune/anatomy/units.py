@@ -224,7 +224,7 @@ class Anatomy:
         return masks
 
     def _check_not_empty(self, masks: Mapping[str, Tensor]) -> None:
-        gone = self._gone(masks)
+        gone = self.removed_sites(masks)
         for name, mask in masks.items():
             group = self.groups[name]
             if mask.any() or group.kind in ("attention", "mlp"):
@@ -241,17 +241,14 @@ class Anatomy:
                 else "keep one",
             )
 
-    def _gone(self, masks: Mapping[str, Tensor]) -> list[Site]:
+    def removed_sites(self, masks: Mapping[str, Tensor]) -> list[Site]:
+        """The sub-layers and layers that masks leave out."""
         return [
             site
             for name, mask in masks.items()
             for site, stays in zip(self.groups[name].sites, mask.tolist(), strict=False)
             if not stays
         ]
-
-    def removed_sites(self, masks: Mapping[str, Tensor]) -> list[Site]:
-        """The sub-layers and layers that masks leave out."""
-        return self._gone(masks)
 
     def entries(self, masks: Mapping[str, Tensor]) -> dict[str, dict[int, Tensor]]:
         """Which entries of each dimension of each tensor stay.

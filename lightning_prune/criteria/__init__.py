@@ -1,6 +1,5 @@
 """Which weights matter: one file per family of scores. Higher is kept."""
 
-from lightning_prune.criteria.activation import Activation as Activation
 from lightning_prune.criteria.base import Criterion as Criterion
 from lightning_prune.criteria.base import Observer as Observer
 from lightning_prune.criteria.magnitude import Magnitude as Magnitude
@@ -8,4 +7,4 @@ from lightning_prune.criteria.movement import Movement as Movement
 from lightning_prune.criteria.random import Random as Random
 from lightning_prune.criteria.taylor import Taylor as Taylor
 
-__all__ = ["Activation", "Criterion", "Magnitude", "Movement", "Observer", "Random", "Taylor"]
+__all__ = ["Criterion", "Magnitude", "Movement", "Observer", "Random", "Taylor"]

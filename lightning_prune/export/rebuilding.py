@@ -70,6 +70,8 @@ def rebuild(
         PruneError: If the record does not fit the class or the weights.
     """
     from safetensors import SafetensorError, safe_open
+    from transformers import GenerationConfig
+    from transformers.utils import GENERATION_CONFIG_NAME
 
     configs: Any = kind.config_class
     try:
@@ -80,6 +82,9 @@ def rebuild(
             tied = json.loads((file.metadata() or {})["tied"])
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         weights |= {alias: weights[name] for alias, name in tied.items()}
+        generation = None
+        if (folder / GENERATION_CONFIG_NAME).is_file():
+            generation = GenerationConfig.from_pretrained(folder)
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise refusal(
             "The folder cannot be read",
@@ -91,6 +96,8 @@ def rebuild(
     with torch.random.fork_rng(devices=[]):
         network: Any = kind(config)
     network.eval()
+    if generation is not None:
+        network.generation_config = generation
     replay(network, record)
     try:
         network.load_state_dict(weights, assign=True)

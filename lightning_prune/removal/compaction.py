@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_prune.anatomy import Anatomy, Group, survey
 from lightning_prune.anatomy.networks import network_in
 from lightning_prune.errors import PruneError, refusal
-from lightning_prune.removal.equivalence import check_equal
+from lightning_prune.removal.equivalence import check_equal, trial_copy
 from lightning_prune.removal.plan import RemovalPlan
 from lightning_prune.removal.removing import remember, removals_of
 from lightning_prune.removal.surgery import cut
@@ -86,7 +86,7 @@ def _proven(
         if not masks:
             return {}
         try:
-            trial = copy.deepcopy(network)
+            trial = trial_copy(network)
             cut(trial, anatomy, masks)
             check_equal(network, trial, anatomy, masks, inputs, as_it_is=True)
         except PruneError as error:
@@ -146,9 +146,13 @@ def _masks(anatomy: Anatomy, empty: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, units in empty.items():
         group, kept = anatomy.groups[name], ~units
         if group.kind in ("attention", "mlp"):
-            stack = name.removesuffix(group.kind)
-            if f"{stack}layers" in gone:
-                kept = kept | gone[f"{stack}layers"]
+            layers = f"{name.removesuffix(group.kind)}layers"
+            if layers in gone:
+                whole = [
+                    anatomy.groups[layers].sites[n].path for n in gone[layers].nonzero().flatten()
+                ]
+                inside = [any(s.path.startswith(f"{p}.") for p in whole) for s in group.sites]
+                kept = kept | torch.tensor(inside)
         elif not kept.any():
             kept[0] = True
         if not kept.all():

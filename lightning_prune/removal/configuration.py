@@ -45,7 +45,7 @@ def tell_config(network: nn.Module, anatomy: Anatomy, masks: Mapping[str, Tensor
             kept = [t for t, stays in zip(types, mask.tolist(), strict=True) if stays]
             config.layer_types = kept
 
-    alive = [b for b in anatomy.blocks if _there(network, anatomy, b.path, masks)]
+    alive = [b for b in anatomy.blocks if _there(anatomy, b.path, masks)]
     shapes = {b.after(masks) for b in alive}
     if len(shapes) == 1 and any(b.after(masks) != (b.heads, b.groups, b.width) for b in alive):
         heads, groups, _ = next(iter(shapes))
@@ -58,7 +58,7 @@ def tell_config(network: nn.Module, anatomy: Anatomy, masks: Mapping[str, Tensor
     widths = {
         int(masks[g.name].sum()) if g.name in masks else g.size
         for g in anatomy
-        if g.kind == "ffn" and _there(network, anatomy, g.parts[0].tensor, masks)
+        if g.kind == "ffn" and _there(anatomy, g.parts[0].tensor, masks)
     }
     if len(widths) == 1 and any(g.kind == "ffn" and g.name in masks for g in anatomy):
         setattr(config, anatomy.row.width, widths.pop())
@@ -75,7 +75,7 @@ def tell_config(network: nn.Module, anatomy: Anatomy, masks: Mapping[str, Tensor
                 setattr(config, name, getattr(config, name) * before / after)
 
 
-def _there(network: nn.Module, anatomy: Anatomy, path: str, masks: Mapping[str, Tensor]) -> bool:
+def _there(anatomy: Anatomy, path: str, masks: Mapping[str, Tensor]) -> bool:
     return not any(
         path == s.path or path.startswith(f"{s.path}.") or path in s.silenced
         for s in anatomy.removed_sites(masks)

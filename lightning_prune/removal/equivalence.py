@@ -13,7 +13,7 @@ from lightning_prune.anatomy.trials import Changed, example_inputs, outputs_of, 
 from lightning_prune.errors import PruneError, refusal
 from lightning_prune.removal.masked import masked_weights, silenced
 
-__all__ = ["TOLERANCE", "check_equal", "difference"]
+__all__ = ["TOLERANCE", "check_equal", "difference", "trial_copy"]
 
 TOLERANCE = 1e-5
 _BROKEN = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError)
@@ -86,6 +86,17 @@ def _nan_last(x: float) -> tuple[bool, float]:
     return x != x, x
 
 
+def trial_copy(network: nn.Module) -> nn.Module:
+    """A copy to cut and compare: in float64 where the network's own rounding would hide errors."""
+    copied = copy.deepcopy(network)
+    return copied if _exact(network) else copied.double()
+
+
+def _exact(network: nn.Module) -> bool:
+    wide = (torch.float32, torch.float64)
+    return all(p.dtype in wide for p in network.parameters())
+
+
 def check_equal(
     network: nn.Module,
     smaller: nn.Module,
@@ -97,7 +108,8 @@ def check_equal(
 ) -> float:
     """Refuses a smaller network that gives something else.
 
-    Rounding of deep networks is told from a wrong cut by a second comparison in float64.
+    Rounding of deep networks is told from a wrong cut by a second comparison in float64. A network
+    narrower than float32 is compared in float64 alone, with a `trial_copy` that was cut.
 
     Returns:
         The relative difference.
@@ -105,16 +117,15 @@ def check_equal(
     Raises:
         PruneError: If it is above 1e-5 in float32 and in float64.
     """
-    wide = [p.dtype for p in network.parameters()]
-    exact = all(d in (torch.float32, torch.float64) for d in wide)
     found = (
         difference(network, smaller, anatomy, masks, inputs, as_it_is=as_it_is)
-        if exact
+        if _exact(network)
         else float("nan")
     )
     if found <= TOLERANCE:
         return found
-    first, second = copy.deepcopy(network).double(), copy.deepcopy(smaller).double()
+    first = copy.deepcopy(network).double()
+    second = smaller if not _exact(network) else copy.deepcopy(smaller).double()
     doubled = inputs
     if inputs is not None:
         doubled = {n: v.double() if v.is_floating_point() else v for n, v in inputs.items()}

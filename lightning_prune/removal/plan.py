@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,6 +87,15 @@ class RemovalPlan:
                     allowed="no such group" if found is None else f"{found.size} units",
                     fix="make the plan for this network",
                 )
+        there = sum(math.prod(anatomy.shapes[name]) for name in anatomy.itemsizes)
+        if there != self.parameters[0]:
+            raise refusal(
+                "The plan is for a network of another size",
+                where=f"RemovalPlan, family {self.family}",
+                got=f"{self.parameters[0]:,} parameters",
+                allowed=f"{there:,}, as in this network",
+                fix="make the plan for this network",
+            )
         return anatomy.kept(self.kept)
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from lightning_prune.anatomy import Anatomy, survey
 from lightning_prune.anatomy.networks import network_in
 from lightning_prune.errors import refusal
 from lightning_prune.removal.configuration import reloads
-from lightning_prune.removal.equivalence import check_equal
+from lightning_prune.removal.equivalence import check_equal, trial_copy
 from lightning_prune.removal.plan import RemovalPlan
 from lightning_prune.removal.surgery import Change, cut
 from lightning_prune.removal.transplant import check_states, transplant
@@ -31,7 +31,8 @@ class Removals:
     Attributes:
         config: The config of the whole network, in JSON's types.
         plans: The removals, in order.
-        reloads: "stock" when a stock model built from the present config has the present shape.
+        reloads: "stock" when after every removal a stock model built from the config had the
+            network's shape; after one that left another shape it stays "manifest".
     """
 
     config: Mapping[str, Any]
@@ -59,16 +60,18 @@ def whole(model: nn.Module) -> nn.Module:
         model: A transformers model, or a module that holds exactly one.
 
     Returns:
-        A new network, in evaluation mode, for measuring sizes and times.
+        A new network, in evaluation mode, for measuring sizes and times; on the same device, in the
+        same precision, with the same implementation of attention.
     """
     network: Any = network_in(model)[1]
     record = removals_of(network)
-    config = network.config
-    if record is not None:
-        config = type(config).from_dict(dict(record.config))
+    config = type(network.config).from_dict(
+        network.config.to_dict() if record is None else dict(record.config)
+    )
+    config._attn_implementation = network.config._attn_implementation
     with torch.random.fork_rng(devices=[]):
         built: nn.Module = type(network)(config)
-    return built.eval().to(next(network.parameters()).device)
+    return built.eval().to(device=network.device, dtype=network.dtype)
 
 
 def remove(
@@ -80,7 +83,9 @@ def remove(
 ) -> list[Change]:
     """Takes units out of a model, in place, after a copy has proven equal to the masked model.
 
-    Memory for a second copy of the model is needed while it is compared.
+    While they are compared, memory is needed for a copy of the model; for two in float64 instead,
+    each four times its size, where it is in 16 bits; and for two in float64 besides, where rounding
+    in float32 leaves doubt.
 
     Args:
         model: A transformers model, or a module that holds exactly one.
@@ -116,7 +121,7 @@ def remove(
     masks = plan.masks(anatomy)
     if not masks:
         return []
-    smaller = copy.deepcopy(network)
+    smaller = trial_copy(network)
     cut(smaller, anatomy, masks)
     check_equal(network, smaller, anatomy, masks, inputs=inputs)
     every = list(optimizers)
@@ -124,8 +129,9 @@ def remove(
     names = {id(p): n for n, p in network.named_parameters() if n in touched}
     check_states(every, names)  # before the model changes
     before, dense = removals_of(network), copy.deepcopy(network.config)
+    parameters = list(network.parameters())
     changes = cut(network, anatomy, masks)
-    transplant(every, changes)
+    transplant(every, changes, before=parameters, after=list(network.parameters()))
     remember(network, before, dense, anatomy, masks, plan)
     return changes
 
@@ -180,6 +186,6 @@ def replay(network: nn.Module, record: Mapping[str, Any]) -> None:
         ) from error
     plans = [RemovalPlan.from_dict(plan) for plan in told]
     for plan in plans:
-        anatomy = survey(network)
+        anatomy = survey(network, stream="hidden" in plan.kept)
         cut(network, anatomy, plan.masks(anatomy))
     object.__setattr__(network, _RECORD, Removals(config=config, plans=tuple(plans), reloads=kind))

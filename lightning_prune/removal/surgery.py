@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.anatomy import Anatomy, Block
+from lightning_prune.anatomy.absent import Nothing
 from lightning_prune.anatomy.stream import is_norm
 from lightning_prune.errors import refusal
 from lightning_prune.removal.configuration import tell_config
 from lightning_prune.targets import is_transposed_linear
 
-__all__ = ["Change", "Nothing", "check", "cut"]
+__all__ = ["Change", "check", "cut"]
 
 _CONVOLUTIONS = (
     nn.Conv1d,
@@ -57,24 +59,6 @@ class Change:
     factor: float = 1.0
 
 
-class Nothing(nn.Module):
-    """Stands where a sub-layer was: gives a zero that any tensor can be added to.
-
-    Args:
-        pair: Whether to give (zero, None), as attentions do.
-    """
-
-    def __init__(self, pair: bool = False) -> None:
-        super().__init__()
-        self.pair = pair
-
-    def forward(self, *given: object, **named: object) -> Tensor | tuple[Tensor, None]:
-        """Gives zero, on the device and in the dtype of the first tensor it gets."""
-        x = next(v for v in (*given, *named.values()) if isinstance(v, Tensor))
-        zero = x.new_zeros(())
-        return (zero, None) if self.pair else zero
-
-
 @torch.no_grad()
 def cut(network: nn.Module, anatomy: Anatomy, masks: Mapping[str, Tensor]) -> list[Change]:
     """Removes units, in place.
@@ -94,6 +78,7 @@ def cut(network: nn.Module, anatomy: Anatomy, masks: Mapping[str, Tensor]) -> li
     before = dict(network.named_parameters())
     kinds = _layer_types(network)
     changes = {c.name: c for c in _slice(network, anatomy, masks)}
+    attentions = [(network.get_submodule(b.path), b.after(masks)[0]) for b in anatomy.blocks]
     _resize_attentions(network, anatomy, masks)
     gone = anatomy.removed_sites(masks)
     for site in gone:
@@ -109,6 +94,8 @@ def cut(network: nn.Module, anatomy: Anatomy, masks: Mapping[str, Tensor]) -> li
         _number_layers(network, anatomy, mixed=len(kinds) > 1)
     if anatomy.lists:  # what has channels alone has no config that speaks of them
         tell_config(network, anatomy, masks)
+    for module, heads in attentions:
+        _tell_own_config(module, heads)
     left = {id(p) for p in network.parameters()}
     found = []
     for name, old in before.items():
@@ -125,9 +112,12 @@ def check(network: nn.Module, anatomy: Anatomy, masks: Mapping[str, Tensor]) -> 
     gone = anatomy.removed_sites(masks)
     deleted = {s.path for s in gone if s.deleted}
     silent = {p for s in gone for p in s.pairs}
+    silent |= {n for n, m in network.named_modules() if isinstance(m, Nothing) and m.pair}
+    attentions = {b.path for b in anatomy.blocks} | silent
+    inside = [n for n, _ in network.named_modules() if n in attentions]
     types = _layer_types(network)
     for path in anatomy.lists:
-        there = [b.path for b in anatomy.blocks if b.path.startswith(f"{path}.")]
+        there = [b for b in inside if b.startswith(f"{path}.")]
         runs = [b for b in there if not any(b.startswith(f"{d}.") for d in deleted)]
         left = [b for b in runs if b not in silent]
         if there and not left:
@@ -176,7 +166,8 @@ def _slice(network: nn.Module, anatomy: Anatomy, masks: Mapping[str, Tensor]) ->
         for d, index in kept.items():
             value = value.index_select(d, index)
         if factor != 1.0:
-            value = (value + offset) * factor - offset
+            wide = value.to(torch.promote_types(value.dtype, torch.float32))
+            value = ((wide + offset) * factor - offset).to(value.dtype)
         new: Tensor = value.contiguous()
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
@@ -226,10 +217,10 @@ def _correction(
 
 def _offset(module: nn.Module, weight: Tensor) -> float:
     """What is added to the weight before it is used: 1 in Gemma, 0 elsewhere."""
-    big = torch.full_like(weight, 1e4)
-    given = module(big).float()
+    told = weight.detach().float()
+    given = copy.deepcopy(module).float()(torch.full_like(told, 1e4))
     for offset in (0.0, 1.0):
-        if torch.allclose(given, weight.float() + offset, rtol=1e-3, atol=1e-3):
+        if torch.allclose(given, told + offset, rtol=1e-3, atol=1e-3):
             return offset
     raise refusal(
         "A norm is neither a LayerNorm nor a root-mean-square norm",
@@ -296,9 +287,16 @@ def _resize(module: Any, block: Block, masks: Mapping[str, Tensor]) -> None:
     for name, value in told.items():
         if isinstance(getattr(module, name, None), int):
             setattr(module, name, value)
+
+
+def _tell_own_config(module: Any, heads: int) -> None:
+    """Gives an attention a config of its own, if it counts heads by it while it runs.
+
+    Only where its layers differ from the network's config: a copy does not see later changes.
+    """
+    reads = inspect.unwrap(type(module).forward).__code__.co_names
     config = getattr(module, "config", None)
-    if getattr(config, "num_attention_heads", heads) != heads:
-        # some blocks read their config while they run, and layers may differ
+    if "num_attention_heads" in reads and getattr(config, "num_attention_heads", heads) != heads:
         module.config = copy.copy(config)
         module.config.num_attention_heads = heads
 

@@ -13,15 +13,29 @@ from lightning_prune.removal.surgery import Change
 __all__ = ["check_states", "transplant"]
 
 
-def transplant(optimizers: Iterable[torch.optim.Optimizer], changes: Sequence[Change]) -> None:
+# Moments are means of gradients to this power, and a weight that grows has smaller gradients.
+_POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
+
+
+def transplant(
+    optimizers: Iterable[torch.optim.Optimizer],
+    changes: Sequence[Change],
+    *,
+    before: Sequence[nn.Parameter] = (),
+    after: Sequence[nn.Parameter] = (),
+) -> None:
     """Puts new parameters in the place of old ones, with the slices of their moments.
 
-    Momentum and second moments keep the entries that stay; counters of steps stay as they are. A
-    parameter whose module is gone leaves its group.
+    Momentum and second moments keep the entries that stay, and are divided by what their weight was
+    multiplied by; counters of steps stay as they are. A parameter whose module is gone leaves its
+    group. A group in the model's order comes to stand in the new one, as in an optimizer that is
+    made on the smaller model: saved states are told apart by their place.
 
     Args:
         optimizers: Optimizers, before their next step.
         changes: What became of the parameters.
+        before: The model's parameters before, in its order.
+        after: The same now.
 
     Raises:
         PruneError: If a state is neither of the parameter's shape nor a scalar (Adafactor's rows
@@ -32,21 +46,42 @@ def transplant(optimizers: Iterable[torch.optim.Optimizer], changes: Sequence[Ch
     by_old = {id(c.old): c for c in changes}
     for optimizer in every:
         for group in optimizer.param_groups:
-            left: list[nn.Parameter] = []
-            for parameter in group["params"]:
+            left: list[tuple[nn.Parameter, str]] = []
+            ordered = _in_order(group["params"], before)
+            names = group.get("param_names", [""] * len(group["params"]))
+            for parameter, called in zip(group["params"], names, strict=True):
                 change = by_old.get(id(parameter))
                 if change is None:
-                    left.append(parameter)
+                    left.append((parameter, called))
                     continue
                 state = optimizer.state.pop(parameter, None)
                 if change.new is None:
                     continue
-                left.append(change.new)
+                left.append((change.new, called))
                 if state is not None:
                     optimizer.state[change.new] = {
-                        name: _cut(value, change) for name, value in state.items()
+                        name: _cut(name, value, change) for name, value in state.items()
                     }
-            group["params"] = left
+            if ordered:
+                left = _sorted(left, after)
+            group["params"] = [parameter for parameter, _ in left]
+            if "param_names" in group:
+                group["param_names"] = [called for _, called in left]
+
+
+def _in_order(parameters: Sequence[nn.Parameter], model: Sequence[nn.Parameter]) -> bool:
+    places = {id(p): i for i, p in enumerate(model)}
+    found = [places[id(p)] for p in parameters if id(p) in places]
+    return found == sorted(found)
+
+
+def _sorted(
+    named: Sequence[tuple[nn.Parameter, str]], model: Sequence[nn.Parameter]
+) -> list[tuple[nn.Parameter, str]]:
+    """The model's parameters in its order; others stay where they are."""
+    places = {id(p): i for i, p in enumerate(model)}
+    mine = iter(sorted((x for x in named if id(x[0]) in places), key=lambda x: places[id(x[0])]))
+    return [next(mine) if id(x[0]) in places else x for x in named]
 
 
 def check_states(optimizers: Iterable[torch.optim.Optimizer], names: Mapping[int, str]) -> None:
@@ -72,9 +107,10 @@ def check_states(optimizers: Iterable[torch.optim.Optimizer], names: Mapping[int
                     )
 
 
-def _cut(value: object, change: Change) -> object:
+def _cut(name: str, value: object, change: Change) -> object:
     if not isinstance(value, Tensor) or value.shape != change.old.shape or not value.dim():
         return value
     for dim, kept in change.kept.items():
         value = value.index_select(dim, kept.to(value.device))
-    return value.contiguous()
+    value, power = value.contiguous(), _POWERS.get(name, 0)
+    return value / change.factor**power if power else value

@@ -210,7 +210,8 @@ class Plan:
             dense = size(self.bytes_dense)
             yield f"dense size: {dense}, before and after: zeros take as much space"
         if self.reloads == "stock":
-            yield "reloads: stock (the architecture's own class loads the result)"
+            sizes = ", if its config accepts the sizes" if self.cut else ""
+            yield f"reloads: stock (the architecture's own class loads the result{sizes})"
         else:
             yield "reloads: manifest (lightning_prune.from_pretrained loads the result)"
 

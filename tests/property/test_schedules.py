@@ -9,12 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-
-def named(value: object) -> str:
-    """A name that is the same in every process: functions show no address."""
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
-
-
 from lightning_prune.schedules import (
     Cosine,
     Cubic,
@@ -29,6 +23,11 @@ from tests import oracle
 from tests.property.cases import SCHEDULES
 
 fractions = st.floats(0, 1)
+
+
+def named(value: object) -> str:
+    """A name that is the same in every process: functions show no address."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def draw_run(data: st.DataObject, schedule: Schedule) -> tuple[Timeline, int, int, int]:

@@ -9,29 +9,19 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from torch import nn
 
 import lightning_prune
 from lightning_prune.anatomy import survey
 from lightning_prune.callbacks import MovementPruning
 from lightning_prune.removal import removals_of
-from lightning_prune.unit_policy import Layout
-from tests.conformance.law_4_resume import resumes_everywhere
+from lightning_prune.unit_layout import Layout
+from tests.conformance.law_4_resume import SaveAlways, resumes_everywhere
 from tests.conformance.toy import batches, train
 from tests.conformance.watch import copied, same_bits, weights
 from tests.refusals import refused
 from tests.structured import Module, bert, llama, pruner
 
 ALL = ["heads", "ffn", "hidden", "layers"]
-
-
-def linear_weights(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights that are selected by default."""
-    return {
-        n: p.detach()
-        for n, p in module.named_parameters()
-        if p.dim() == 2 and not any(w in n for w in ("embed", "classifier", "score", "pooler"))
-    }
 
 
 def whole_units(module: Module) -> tuple[int, int]:
@@ -56,7 +46,6 @@ def whole_units(module: Module) -> tuple[int, int]:
 def test_only_whole_units_go_and_the_budget_is_met(make):
     module, callback = Module(make=make), pruner()
     train(module, callback)
-    weights_ = linear_weights(module)
     pruner_targets = callback.selection(module).targets
     zeros = sum(int((t.local == 0).sum()) for t in pruner_targets)
     total = sum(t.size for t in pruner_targets)
@@ -67,7 +56,6 @@ def test_only_whole_units_go_and_the_budget_is_met(make):
     anatomy = survey(module)
     kept = Layout(anatomy=anatomy, kinds=("heads", "ffn")).kept(callback.masks)
     assert sum(int((~k).sum()) for k in kept.values()) == empty
-    assert weights_
 
 
 @pytest.mark.parametrize("make", [bert, llama])
@@ -244,6 +232,89 @@ def test_neurons_that_do_nothing_go_first_by_activation():
     assert dead.nonzero().flatten().tolist() == [1, 5]
 
 
+def test_activations_of_training_alone_count():
+    masks = []
+    for validate in (False, True):
+        callback = pruner(criterion="activation")
+        train(Module(), callback, validate=validate, val_check_interval=2)
+        masks.append(callback.masks)
+    assert same_bits(*masks)
+
+
+def test_activations_with_gradient_checkpointing():
+    masks = []
+    for checkpointing in (False, True):
+        module, callback = Module(make=llama), pruner(criterion="activation")
+        if checkpointing:
+            plain = module.net.gradient_checkpointing_enable  # renamed in transformers 5.23
+            getattr(module.net, "activation_checkpointing_enable", plain)()
+        train(module, callback)
+        masks.append(callback.masks)
+    assert same_bits(*masks)
+
+
+def test_where_sub_layers_may_go_the_first_attention_stays():
+    for seed in range(4):
+        module = Module(seed=seed)
+        units = ["attention", "layers"]
+        train(module, pruner(units=units, sparsity=0.6, compact=True, exclude="*pooler*"))
+        assert module.net.bert.encoder.layer[0].attention.self.query.weight.any()
+
+
+class Headed(Module):
+    """Has a part of its own behind the transformers network."""
+
+    def __init__(self, **settings) -> None:
+        super().__init__(**settings)
+        self.head = torch.nn.Linear(4, 4)
+
+
+def test_channels_are_refused_where_a_part_outside_may_read_them():
+    with refused(what="outside", got="head.weight"):
+        train(Headed(), pruner(units="hidden", compact=True))
+    train(Headed(), pruner(units="ffn", compact=True))
+
+
+def test_two_callbacks_with_units_in_one_trainer():
+    module = Module()
+    heads = pruner(units="heads", targets="*attention*")
+    neurons = pruner(units="ffn", targets=["*intermediate*", "*layer.?.output.*"])
+    train(module, heads, neurons)
+    assert heads._actual >= 0.5
+    assert neurons._actual >= 0.5
+
+
+def test_a_checkpoint_of_a_deeper_model_changes_nothing(tmp_path):
+    saver = SaveAlways(tmp_path)
+    train(Module(), pruner(units="ffn", compact="early", end=6), saver)
+    deeper = Module(make=lambda: bert(num_hidden_layers=4))
+    size = sum(p.numel() for p in deeper.parameters())
+    with refused(what="another size"):
+        train(deeper, pruner(units="ffn", compact="early", end=6), ckpt_path=tmp_path / "8.ckpt")
+    assert sum(p.numel() for p in deeper.parameters()) == size
+
+
+class Late(Module):
+    """Makes its network when the Trainer asks for it."""
+
+    def __init__(self, **settings) -> None:
+        super().__init__(**settings)
+        del self.net
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "net"):
+            self.net = Module().net
+
+
+def test_a_network_that_is_made_late_is_cut_and_resumed(tmp_path):
+    saved = resumes_everywhere(
+        tmp_path,
+        lambda seed: Late(seed=seed),
+        lambda: [pruner(compact="early", end=6)],
+    )
+    assert saved == 10
+
+
 def test_activation_refuses_weights_and_a_first_cut_without_batches():
     with refused(what="whole units", fix="units"):
         pruner(units=None, criterion="activation")
@@ -266,7 +337,6 @@ def test_a_budget_in_bytes_and_in_macs():
         ({"units": ["neurons"]}, {"got": "neurons", "allowed": "'ffn'"}),
         ({"units": ["hidden"]}, {"fix": "compact=True"}),
         ({"units": None, "uniform": True}, {"got": "no units"}),
-        ({"multiple_of": 0}, {"got": "0"}),
         ({"compact": "soon"}, {"got": "soon"}),
         ({"pattern": "row"}, {"fix": "leave pattern"}),
         ({"initial_sparsity": 0.1}, {"fix": "compact(model)"}),
@@ -286,6 +356,20 @@ def test_budgets_and_units_that_are_refused():
         train(Module(), EMAWeightAveraging(), pruner(compact="early"))
     with refused(what="middle of this run", got="no units"):
         train(Module(), pruner(units=None, compact="early"))
+    with refused(what="Sizes stay multiples", got="0"):
+        train(Module(), pruner(multiple_of=0))
+    with refused(what="One callback cuts", fix="last one"):
+        train(
+            Module(),
+            pruner(targets="*attention*", units="heads", compact=True),
+            pruner(targets=["*intermediate*", "*.output.*"], units="ffn", compact=True),
+        )
+    with refused(what="middle of this run", got="another pruning callback"):
+        train(
+            Module(),
+            pruner(compact="early", exclude="*pooler*"),
+            pruner(targets="*pooler*", units=None),
+        )
     with refused(what="No selected weight", fix="targets"):
         train(Module(), pruner(targets=["*attention*"]))
 

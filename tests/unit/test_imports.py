@@ -29,7 +29,7 @@ ROOMS = [
     ],
     ["masks", "observers", "policy", "usage", "followers"],
     ["apply", "gates", "anatomy"],
-    ["remembered", "removal", "unit_policy", "planning", "lora", "reports"],
+    ["remembered", "removal", "unit_layout", "unit_policy", "planning", "lora", "reports"],
     ["export", "distillation", "tasks"],
     ["callbacks"],
     ["cli"],

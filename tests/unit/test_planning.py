@@ -153,5 +153,10 @@ def test_refusals():
             "ffn",
             scores={f"layers.{i}.ffn": torch.full((24,), torch.nan) for i in range(3)},
         )
+    with refused(what="No selected weight", where="heads"):
+        plan_removal(net, 0.2, ["heads", "ffn"], targets=["*intermediate*"])
+    for wrong in (0, -8, 2.0):
+        with refused(what="Sizes stay multiples"):
+            plan_removal(net, 0.5, "ffn", multiple_of=wrong)
     with refused(what="no units of this kind"):
         plan_removal(net, 0.5, "query_heads")

@@ -9,7 +9,7 @@ import torch
 from transformers import Adafactor
 
 from lightning_prune.anatomy import survey
-from lightning_prune.removal import RemovalPlan, cut, remove
+from lightning_prune.removal import RemovalPlan, cut, removals_of, remove, replay
 from tests import families
 from tests.refusals import refused
 
@@ -118,3 +118,67 @@ def test_frozen_parameters_stay_frozen():
     cut(model, anatomy, families.masks(anatomy, ("ffn", "hidden"), 0))
     assert not any(p.requires_grad for p in model.base_model.encoder.parameters())
     assert all(p.requires_grad for p in model.base_model.embeddings.parameters())
+
+
+@pytest.mark.parametrize("groups", ["one", "two", "reversed"])
+def test_a_saved_state_loads_where_the_smaller_model_is_built_again(groups):
+    """T5's table of positions moves to the next layer, and stands last there."""
+
+    def adamw(net):
+        named = list(net.named_parameters())
+        if groups == "reversed":
+            named.reverse()
+        if groups != "two":
+            return torch.optim.AdamW(named, lr=0.01)
+        wide = [(n, p) for n, p in named if p.dim() > 1]
+        rest = [(n, p) for n, p in named if p.dim() < 2]
+        return torch.optim.AdamW([{"params": wide}, {"params": rest, "weight_decay": 0.0}])
+
+    model = families.network("t5", 0, "T5ForConditionalGeneration", num_layers=3)
+    fresh = copy.deepcopy(model)
+    optimizer = adamw(model)
+    step(model, optimizer, families.batch(model))
+    names = {id(p): n for n, p in model.named_parameters()}
+    plan = RemovalPlan.of(survey(model), {"encoder.layers": [1, 2]})
+    moved = {id(c.old) for c in remove(model, plan, optimizers=[optimizer])}
+    for group in optimizer.param_groups:
+        assert group["param_names"] == [names[id(p)] for p in group["params"]]
+        assert not moved & set(map(id, group["params"]))
+    if groups == "reversed":  # an order of its own stays as it was
+        told = [n for g in optimizer.param_groups for n in g["param_names"]]
+        assert told == [n for n in reversed(names.values()) if n in told]
+        return
+    replay(fresh, removals_of(model).to_dict())
+    other = adamw(fresh)
+    other.load_state_dict(optimizer.state_dict())
+    mine = dict(model.named_parameters())
+    for name, parameter in fresh.named_parameters():
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(other.state[parameter][key], optimizer.state[mine[name]][key])
+            assert other.state[parameter][key].shape == parameter.shape
+
+
+@pytest.mark.parametrize("name", ["amsgrad", "sgd"])
+def test_moments_of_a_weight_that_grows_are_those_of_smaller_gradients(name):
+    model = families.network("llama", 1, "LlamaForCausalLM")
+    model.get_output_embeddings().requires_grad_(False)
+    optimizer, given = OPTIMIZERS[name](model.parameters()), families.batch(model)
+    step(model, optimizer, given)
+    kept = list(range(model.config.hidden_size - 3))
+    for part in survey(model).groups["hidden"].parts:  # channels that are silent already
+        weight = dict(model.named_parameters())[part.tensor]
+        weight.data.index_fill_(part.dim, torch.arange(len(kept), weight.shape[part.dim]), 0)
+    optimizer.zero_grad()
+    model(**given)[0].square().mean().backward()
+    norm = model.model.norm
+    gradient, state = norm.weight.grad[kept], dict(optimizer.state[norm.weight])
+    plan = RemovalPlan.of(survey(model), {"hidden": kept})
+    changes = remove(model, plan, optimizers=[optimizer])
+    factor = next(c.factor for c in changes if c.name == "model.norm.weight")
+    assert factor > 1
+    model(**given)[0].square().mean().backward()
+    torch.testing.assert_close(norm.weight.grad, gradient / factor, rtol=1e-4, atol=1e-6)
+    powers = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "step": 0}
+    for key, value in optimizer.state[norm.weight].items():
+        old = state[key][kept] if state[key].dim() else state[key]
+        torch.testing.assert_close(value, old / factor ** powers[key])

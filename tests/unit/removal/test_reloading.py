@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+import lightning_prune
 from lightning_prune.anatomy import survey
 from lightning_prune.removal import RemovalPlan, removals_of, remove, replay
 from tests import families
@@ -105,3 +106,23 @@ def test_what_is_no_record_is_refused():
 
 def test_nothing_was_taken_from_a_whole_network():
     assert removals_of(families.network("bert", 0)) is None
+
+
+def test_a_rebuilt_network_generates_as_it_was_told_to(tmp_path):
+    model = families.language_model("llama", 0)
+    model.generation_config.max_new_tokens = 17
+    model.generation_config.repetition_penalty = 1.5
+    remove(model, RemovalPlan.of(survey(model), {"layers.0.ffn": [0, 1]}))
+    lightning_prune.save_pretrained(model, tmp_path / "saved")
+    again = lightning_prune.from_pretrained(tmp_path / "saved")
+    assert again.generation_config.to_dict() == model.generation_config.to_dict()
+
+
+def test_what_was_once_manifest_stays_so():
+    model = families.network("llama", 0, num_hidden_layers=2)
+    found = []
+    for layer in range(2):
+        remove(model, RemovalPlan.of(survey(model), {f"layers.{layer}.ffn": [0, 1]}))
+        found.append(removals_of(model).reloads)
+    assert model.config.intermediate_size == 2
+    assert found == ["manifest", "manifest"]

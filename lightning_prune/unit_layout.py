@@ -1,0 +1,132 @@
+"""Which units may go, and what masks of units mean for masks of tensors, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_prune.anatomy import Anatomy, Group
+from lightning_prune.errors import refusal
+
+__all__ = ["Layout"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Which units may go, and in which steps.
+
+    Attributes:
+        anatomy: What the network is made of.
+        kinds: The kinds of units that may go.
+        multiple_of: Neurons and channels stay in multiples of this number.
+        uniform: Whether all layers keep as many units of a kind.
+        cut: Whether they are cut out of the model in the end.
+    """
+
+    anatomy: Anatomy
+    kinds: tuple[str, ...]
+    multiple_of: int = 1
+    uniform: bool = False
+    cut: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the step."""
+        step = self.multiple_of
+        if isinstance(step, bool) or not isinstance(step, int) or step < 1:
+            raise refusal(
+                "Sizes stay multiples of a whole number",
+                where="multiple_of=...",
+                got=step,
+                allowed="an integer >= 1",
+                fix="write multiple_of=8",
+            )
+
+    def stays(self, group: Group) -> int:
+        """How many of a group's first units stay in any case.
+
+        The first attention counts the tokens in a cache, and a network needs one: where sub-layers
+        may go, that of the first layer stays.
+        """
+        return int("attention" in self.kinds and group.kind in ("attention", "layers"))
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups whose units may go."""
+        return tuple(g for kind in self.kinds for g in self.anatomy.of(kind))
+
+    @property
+    def tensors_touched(self) -> set[str]:
+        """Names of the parameters that units own a part of."""
+        names = set(self.anatomy.itemsizes)
+        touched = {p.tensor for g in self.groups for p in g.parts}
+        sites = [site for g in self.groups for site in g.sites]
+        return (touched & names) | {n for n in names if any(s.owns(n) for s in sites)}
+
+    def kept(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Which units are left, seen from masks of tensors.
+
+        Args:
+            masks: Bool masks by parameter name of the module; tensors left out are whole.
+
+        Returns:
+            Bool masks by group name: a unit is gone when all its entries are.
+        """
+        prefix = self.anatomy.prefix
+        given = {n.removeprefix(prefix): m for n, m in masks.items()}
+        found: dict[str, Tensor] = {}
+        for group in self.groups:
+            kept = torch.ones(group.size, dtype=torch.bool)
+            for number, site in enumerate(group.sites):
+                owned = [m for n, m in given.items() if site.owns(n)]
+                kept[number] = not owned or any(bool(m.any()) for m in owned)
+            found[group.name] = kept
+        gone = self.anatomy.removed_sites(found)
+        for group in self.groups:
+            # what lies in a layer that is gone says nothing of the others
+            parts = [
+                p
+                for p in group.parts
+                if p.tensor in given and not any(site.owns(p.tensor) for site in gone)
+            ]
+            used = torch.full((group.size,), not parts)
+            for part in parts:
+                mask = given[part.tensor].cpu()
+                others = [d for d in range(mask.dim()) if d != part.dim]
+                used |= (mask.any(others) if others else mask)[part.index].any(1)
+            if group.parts:
+                found[group.name] = used
+        return found
+
+    def alive(self, kept: Mapping[str, Tensor]) -> list[Group]:
+        """The groups that do not lie in a sub-layer or layer that is gone."""
+        gone = self.anatomy.removed_sites(kept)
+        return [
+            g
+            for g in self.groups
+            if not g.parts or not all(any(s.owns(p.tensor) for s in gone) for p in g.parts)
+        ]
+
+    def tensors(
+        self, kept: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Masks of tensors from those of units.
+
+        Args:
+            kept: Bool masks by group name.
+            shapes: Shapes of the tensors to give masks of, by the network's own names.
+
+        Yields:
+            Name and bool mask.
+        """
+        entries = self.anatomy.entries(kept)
+        gone = self.anatomy.removed_sites(kept)
+        for name, shape in shapes.items():
+            mask = torch.ones(shape, dtype=torch.bool)
+            for dim, stays in entries.get(name, {}).items():
+                mask &= stays.view([-1 if d == dim else 1 for d in range(len(shape))])
+            if any(site.owns(name) for site in gone):
+                mask.zero_()
+            yield name, mask
