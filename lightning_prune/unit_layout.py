@@ -13,6 +13,8 @@ from lightning_prune.errors import refusal
 
 __all__ = ["Layout"]
 
+_WHOLE = ("attention", "layers")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
@@ -44,13 +46,18 @@ class Layout:
                 fix="write multiple_of=8",
             )
 
-    def stays(self, group: Group) -> int:
-        """How many of a group's first units stay in any case.
+    def stays(self, group: Group) -> list[int]:
+        """Which of a group's units stay in any case.
 
         The first attention counts the tokens in a cache, and a network needs one: where sub-layers
-        may go, that of the first layer stays.
+        may go, that one stays, and the layer that it is in.
         """
-        return int("attention" in self.kinds and group.kind in ("attention", "layers"))
+        stack = group.name.removesuffix(group.kind)
+        first = self.anatomy.groups.get(f"{stack}attention")
+        if "attention" not in self.kinds or first is None or group.kind not in _WHOLE:
+            return []
+        path = first.sites[0].path
+        return [n for n, s in enumerate(group.sites) if f"{path}.".startswith(f"{s.path}.")]
 
     @property
     def groups(self) -> tuple[Group, ...]:

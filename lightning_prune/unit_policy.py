@@ -106,6 +106,8 @@ class UnitPolicy(Policy):
         """Refuses units without a score, and a budget that needs more than may go."""
         prefix = self.layout.anatomy.prefix
         mine = {t.name.removeprefix(prefix) for t in targets}
+        if not targets:
+            return  # all of it has been cut out
         for group in self.layout.groups if self.given is None else ():
             owned = {p.tensor for p in group.parts}
             owned |= {n for n in mine for s in group.sites if s.owns(n)}
@@ -204,10 +206,11 @@ class UnitPolicy(Policy):
             before = size(base)
             if before <= (1 - sparsity) * total + _SLACK:
                 break
+            first = {s.chain: s for s in reversed(steps[len(base) + 1 :])}
             costs = {
-                s.chain: before - size([*base, s])
-                for s in reversed(steps[len(base) + 1 :])
-                if s.chain != large.chain
+                chain: before - size([*base, step])
+                for chain, step in first.items()
+                if chain != large.chain
             }
             cost = before - size(chosen)
             smaller = [s for s in steps[len(base) + 1 :] if costs.get(s.chain, cost) < cost]
@@ -245,10 +248,10 @@ class UnitPolicy(Policy):
 
     def _chain(self, group: Group, score: Tensor) -> list[_Step]:
         """One group's steps, lowest first; scores rise, since each is a mean of later ones."""
-        stays = self.layout.stays(group)
-        first = score[:stays].isinf().logical_not()  # what is gone is not brought back
         score = score.clone()
-        score[:stays][first] = torch.inf
+        for unit in self.layout.stays(group):
+            if score[unit] != -torch.inf:  # what is gone is not brought back
+                score[unit] = torch.inf
         order = torch.argsort(score, stable=True).tolist()
         width = self.layout.multiple_of if group.kind in _ROUNDED else 1
         end = group.size - self._least(group)

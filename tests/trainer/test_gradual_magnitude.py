@@ -84,7 +84,7 @@ def test_an_unknown_criterion_is_refused():
     with refused(
         where="GradualMagnitudePruning(criterion=...)",
         got="size",
-        allowed="'magnitude', 'taylor', 'random'",
+        allowed="'magnitude', 'taylor', 'activation', 'random'",
     ):
         GradualMagnitudePruning(0.5, criterion="size")
 
