@@ -73,7 +73,7 @@ class CompactingCallback(ObservingCallback):
 
         def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
             record = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("removed")
-            if record and removals_of(pl_module) is None:
+            if record:
                 replay(network_in(pl_module)[1], record)
                 self._removed = record
             plain(checkpoint)
@@ -96,8 +96,6 @@ class CompactingCallback(ObservingCallback):
                 allowed="the model that was cut",
                 fix="make a new callback for it",
             )
-        if self._removed is None:
-            survey(pl_module)  # refuses what is not recognised
         pruners = [c for c in trainer.callbacks if isinstance(c, MaskCallback)]  # type: ignore[attr-defined]
         others = [c.name for c in pruners if c is not self]
         cutting = [c.name for c in pruners if isinstance(c, CompactingCallback) and c.compact]
@@ -118,6 +116,8 @@ class CompactingCallback(ObservingCallback):
                 allowed="weights that every rank holds whole",
                 fix="train with DDP, or call lightning_prune.compact on the gathered model",
             )
+        if self._removed is None:
+            survey(pl_module)  # refuses what is not recognised
         if self.compact == "early":
             self._check_early(trainer, others)
 
@@ -155,7 +155,8 @@ class CompactingCallback(ObservingCallback):
     ) -> None:
         """After the last update, cuts the model where that was asked for."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self.compact == "early" and self.finished and self._removed is None:
+        due = self.compact == "early" and self.finished and self._removed is None
+        if due and self.sparsity > 0:
             self._cut(trainer, pl_module)
             counts = self._counter.counts
             self._counter.attach(trainer.optimizers, (), self._after_step, ())

@@ -168,7 +168,7 @@ def replay(network: nn.Module, record: Mapping[str, Any]) -> None:
     """Cuts a freshly built network to the shape that a record describes, weights aside.
 
     Args:
-        network: A transformers model of the config before all removals.
+        network: A transformers model of the config before all removals, or after the first ones.
         record: What `Removals.to_dict` gave.
 
     Raises:
@@ -185,7 +185,8 @@ def replay(network: nn.Module, record: Mapping[str, Any]) -> None:
             fix="save the model again",
         ) from error
     plans = [RemovalPlan.from_dict(plan) for plan in told]
-    for plan in plans:
+    before = removals_of(network)
+    for plan in plans[len(before.plans) if before else 0 :]:
         anatomy = survey(network, stream="hidden" in plan.kept)
         cut(network, anatomy, plan.masks(anatomy))
     object.__setattr__(network, _RECORD, Removals(config=config, plans=tuple(plans), reloads=kind))

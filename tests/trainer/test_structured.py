@@ -188,10 +188,11 @@ def test_under_averages_zeros_stay_zero():
 
 
 @pytest.mark.parametrize("units", [["heads", "ffn"], ALL])
-def test_off_is_off(units):
+@pytest.mark.parametrize("compact", [True, "early"])
+def test_off_is_off(units, compact):
     dense, off = Module(), Module()
     train(dense)
-    train(off, pruner(units=units, sparsity=0.0, compact=True))
+    train(off, pruner(units=units, sparsity=0.0, compact=compact))
     assert same_bits(copied(weights(off)), copied(weights(dense)))
 
 
@@ -311,6 +312,20 @@ def test_a_network_that_is_made_late_is_cut_and_resumed(tmp_path):
         tmp_path,
         lambda seed: Late(seed=seed),
         lambda: [pruner(compact="early", end=6)],
+    )
+    assert saved == 10
+
+
+def test_a_model_that_was_cut_before_is_cut_again_and_resumed(tmp_path):
+    def once() -> torch.nn.Module:
+        net = bert()
+        lightning_prune.remove(net, lightning_prune.plan_removal(net, 0.2, "ffn", uniform=True))
+        return net
+
+    saved = resumes_everywhere(
+        tmp_path,
+        lambda seed: Module(seed=0, make=once),
+        lambda: [pruner(compact="early", end=6, sparsity=0.3)],
     )
     assert saved == 10
 
