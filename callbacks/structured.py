@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.allocation import Allocation, Global
-from lightning_prune.anatomy import KINDS, survey
+from lightning_prune.anatomy import survey
+from lightning_prune.anatomy.kinds import TRANSFORMER_KINDS
 from lightning_prune.anatomy.networks import network_in
 from lightning_prune.callbacks.activity import Activity
 from lightning_prune.callbacks.compacting import CompactingCallback
@@ -67,12 +68,12 @@ class StructuredCallback(CompactingCallback):
 
     def _check_arguments(self) -> None:
         name, units = self.name, self.units
-        if units is not None and (not units or any(u not in KINDS for u in units)):
+        if units is not None and (not units or any(u not in TRANSFORMER_KINDS for u in units)):
             raise refusal(
                 "Unknown kind of unit",
                 where=f"{name}(units=...)",
                 got=list(units),
-                allowed=", ".join(map(repr, KINDS)),
+                allowed=", ".join(map(repr, TRANSFORMER_KINDS)),
                 fix="write units=['heads', 'ffn'], or leave it out for single weights",
             )
         if units is None:

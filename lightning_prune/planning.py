@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.allocation import as_allocation
-from lightning_prune.anatomy import KINDS, survey
+from lightning_prune.anatomy import survey
+from lightning_prune.anatomy.kinds import TRANSFORMER_KINDS
 from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.distributed import Shards
 from lightning_prune.errors import refusal
@@ -69,12 +70,12 @@ def plan_removal(
         {'layers.0.ffn': 8}
     """
     kinds = as_globs(units) or ()
-    if not kinds or any(kind not in KINDS for kind in kinds):
+    if not kinds or any(kind not in TRANSFORMER_KINDS for kind in kinds):
         raise refusal(
             "Unknown kind of unit",
             where="plan_removal(units=...)",
             got=list(kinds),
-            allowed=", ".join(map(repr, KINDS)),
+            allowed=", ".join(map(repr, TRANSFORMER_KINDS)),
             fix="write units=['heads', 'ffn']",
         )
     if isinstance(sparsity, bool) or not isinstance(sparsity, float | int) or not 0 <= sparsity < 1:

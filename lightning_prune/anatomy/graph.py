@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_prune.anatomy.channel_modules import CHANNEL_NORMS, CONVOLUTIONS
 from lightning_prune.anatomy.families import Family
 from lightning_prune.anatomy.units import Anatomy, Group, Part
 from lightning_prune.errors import PruneError, refusal
@@ -19,24 +20,6 @@ __all__ = ["graph_anatomy"]
 
 Slices = dict[tuple[str, int], list[int]]
 """Entries of tensors, by name and dimension."""
-
-_CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
-_NORMS = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-)
 
 
 def graph_anatomy(model: nn.Module, example_inputs: Mapping[str, Tensor]) -> Anatomy:
@@ -114,7 +97,7 @@ class _Tracer:
         """Units of the same make in one group; what one module begins may fall into several."""
         seen: set[tuple[nn.Module, int]] = set()
         for path, module in self.model.named_modules():
-            if not isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
+            if not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
                 continue
             if module not in self.graph.module2node:
                 continue  # it does not run, or its output goes nowhere
@@ -149,7 +132,7 @@ class _Tracer:
             if isinstance(found, str):
                 whole = found
                 continue
-            reader = not outward and isinstance(layer, (nn.Linear, *_CONVOLUTIONS))
+            reader = not outward and isinstance(layer, (nn.Linear, *CONVOLUTIONS))
             for key in found:
                 if max(entries) >= self.shapes[key[0]][key[1]]:
                     whole = f"torch-pruning cannot follow them into {key[0]}"
@@ -175,7 +158,7 @@ class _Tracer:
         if path == "" and layer is not self.model:
             return []  # an operation without tensors: an addition, an activation, a concatenation
         dims: Mapping[str, int]
-        if isinstance(layer, _CONVOLUTIONS):
+        if isinstance(layer, CONVOLUTIONS):
             depthwise = layer.groups == layer.in_channels == layer.out_channels
             if layer.groups > 1 and (not depthwise or layer.transposed):
                 return f"{path} is a grouped {kind}"
@@ -186,7 +169,7 @@ class _Tracer:
             dims = {"weight": 0, "bias": 0} if outward else {"weight": 1}
         elif isinstance(layer, nn.Embedding):
             dims = {"weight": 1}
-        elif isinstance(layer, _NORMS):
+        elif isinstance(layer, CHANNEL_NORMS):
             dims = dict.fromkeys(("weight", "bias", "running_mean", "running_var"), 0)
         elif isinstance(layer, nn.PReLU):
             dims = {"weight": 0} if layer.num_parameters > 1 else {}
@@ -200,7 +183,7 @@ class _Tracer:
             for leaf, tensor in tensors.items()
             if isinstance(tensor, Tensor)
         ]
-        if isinstance(layer, _NORMS) and not found:
+        if isinstance(layer, CHANNEL_NORMS) and not found:
             return f"{path} ({kind}) holds nothing but their number"
         return found
 

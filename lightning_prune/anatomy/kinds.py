@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
-__all__ = ["KINDS", "Kind"]
+__all__ = ["KINDS", "TRANSFORMER_KINDS", "Kind"]
 
 Kind = Literal[
     "heads",
@@ -17,14 +17,5 @@ Kind = Literal[
     "layers",
     "channels",
 ]
-KINDS: tuple[Kind, ...] = (
-    "heads",
-    "query_heads",
-    "head_dims",
-    "ffn",
-    "hidden",
-    "attention",
-    "mlp",
-    "layers",
-    "channels",
-)
+KINDS: tuple[Kind, ...] = get_args(Kind)
+TRANSFORMER_KINDS = tuple(kind for kind in KINDS if kind != "channels")  # what `survey` finds

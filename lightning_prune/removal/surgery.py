@@ -14,30 +14,13 @@ from torch import Tensor, nn
 
 from lightning_prune.anatomy import Anatomy, Block
 from lightning_prune.anatomy.absent import Nothing
+from lightning_prune.anatomy.channel_modules import CHANNEL_NORMS, CONVOLUTIONS
 from lightning_prune.anatomy.stream import is_norm
 from lightning_prune.errors import refusal
 from lightning_prune.removal.configuration import tell_config
 from lightning_prune.targets import is_transposed_linear
 
 __all__ = ["Change", "check", "cut"]
-
-_CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
-_CHANNEL_NORMS = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,7 +216,7 @@ def _offset(module: nn.Module, weight: Tensor) -> float:
 
 def _tell_shape(module: Any) -> None:
     weight = getattr(module, "weight", None)
-    if isinstance(module, _CHANNEL_NORMS):
+    if isinstance(module, CHANNEL_NORMS):
         told = module.running_mean if weight is None else weight
         module.num_features = module.num_features if told is None else len(told)
     if not isinstance(weight, Tensor):
@@ -244,7 +227,7 @@ def _tell_shape(module: Any) -> None:
         module.nx, module.nf = weight.shape
     elif isinstance(module, nn.Embedding):
         module.embedding_dim = weight.shape[1]
-    elif isinstance(module, _CONVOLUTIONS):
+    elif isinstance(module, CONVOLUTIONS):
         rows, columns = weight.shape[:2]
         if module.groups == module.in_channels == module.out_channels:  # depthwise
             module.groups = rows if module.groups > 1 else 1
