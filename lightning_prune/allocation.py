@@ -297,7 +297,7 @@ class LAMP:
     def split(self, pool: Pool, budget: int) -> list[Quota]:
         """Amounts from LAMP scores, then the lowest scores within each tensor."""
         keys = [order_keys(lamp_scores(pool.scores(i))) for i in range(len(pool.units))]
-        units = replace(pool.candidates, keys=lambda i, where: keys[i][where], keys_into=None)
+        units = replace(pool.candidates, keys=lambda i, where: keys[i][where], reader=None)
         limits = bounds(pool, budget, self.min_density, self.max_density)
         amounts = compete(pool, units, budget, limits)
         return [

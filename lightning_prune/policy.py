@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_prune.allocation import Allocation
 from lightning_prune.apportionment import Pool, grows
-from lightning_prune.criteria.base import Criterion, Observer
+from lightning_prune.criteria.base import Criterion, Keyed, Observer
 from lightning_prune.distributed import Shards
 from lightning_prune.errors import refusal
 from lightning_prune.masks import MaskSet
@@ -170,11 +171,19 @@ class Policy:
 
         straight = _straight(criterion) if alone else None
 
-        def keys(i: int, where: slice, out: Tensor | None = None) -> Tensor:
+        def keys(i: int, where: slice) -> Tensor:
             if straight is None:
                 return order_keys(scores(i))[where]
             part = targets[i].local.reshape(-1)[where].contiguous()
-            return straight(part.double() if wide else part.float(), out)
+            return straight.order_keys(part.double() if wide else part.float())
+
+        def reader(i: int) -> Callable[[int, np.ndarray], object]:
+            assert straight is not None
+            flat = targets[i].local.reshape(-1)
+            values = (flat.double() if wide else flat.float()).numpy()
+            return lambda start, out: straight.write_order_keys(
+                values[start : start + len(out)], out
+            )
 
         def pruned(i: int) -> Tensor:
             return ~pattern.unit_mask(targets[i], masks[targets[i].name])
@@ -207,7 +216,7 @@ class Policy:
             scores=scores,
             candidates=Candidates(
                 keys=keys,
-                keys_into=keys if straight and _lie_flat(targets) else None,
+                reader=reader if straight and _lie_flat(targets) else None,
                 pruned=pruned,
                 sizes=[t.local.numel() // n for t, n in zip(targets, sizes, strict=True)],
                 costs=[n * self.cost(t) for t, n in zip(targets, sizes, strict=True)],
@@ -249,12 +258,11 @@ class Policy:
                 )
 
 
-def _straight(criterion: Criterion) -> Callable[[Tensor, Tensor | None], Tensor] | None:
-    """The criterion's own order keys, unless a subclass has changed its scores since."""
+def _straight(criterion: Criterion) -> Keyed | None:
+    """A criterion that gives order keys itself, unless a subclass has changed its scores since."""
     for kind in type(criterion).__mro__:
         if "order_keys" in vars(kind):
-            found: Callable[[Tensor, Tensor | None], Tensor] = criterion.order_keys  # type: ignore[attr-defined]
-            return found
+            return cast(Keyed, criterion)
         if "score" in vars(kind):
             return None
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 from torch import Tensor
 
 from lightning_prune.patterns import Pattern
@@ -17,10 +18,9 @@ __all__ = ["Criterion", "Observer"]
 class Criterion(Protocol):
     """Gives every weight a score; the lowest are pruned first.
 
-    Where a weight's score depends on that weight alone, a method ``order_keys(weights, out)`` may
-    give the order keys of any part of a weight straight (see `threshold.order_keys`), which saves
-    passes over memory. With ``by_unit = True`` a criterion gives one score a unit, shape (U,),
-    where the pattern's units hold more than a weight.
+    Where a weight's score depends on that weight alone, a criterion may be `Keyed`. With
+    ``by_unit = True`` it gives one score a unit, shape (U,), where the pattern's units hold more
+    than a weight.
     """
 
     def score(self, target: Target) -> Tensor:
@@ -33,6 +33,18 @@ class Criterion(Protocol):
             float32 (float64 for float64 weights) of the weight's local shape; weights that are
             exactly zero score lowest.
         """
+        ...
+
+
+class Keyed(Criterion, Protocol):
+    """Gives the order keys of any part of a weight straight, which saves passes over memory."""
+
+    def order_keys(self, weights: Tensor) -> Tensor:
+        """What `threshold.order_keys` makes of the scores of float32 or float64 weights."""
+        ...
+
+    def write_order_keys(self, weights: np.ndarray, out: np.ndarray) -> None:
+        """The same for an array, into another of the same shape, int32 or int64."""
         ...
 
 

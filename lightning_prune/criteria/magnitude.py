@@ -12,6 +12,8 @@ from lightning_prune.targets import Target
 
 __all__ = ["Magnitude"]
 
+_NARROW, _WIDE = 0x7FFFFFFF, 0x7FFFFFFFFFFFFFFF  # all bits but the sign
+
 
 @dataclass(frozen=True, slots=True)
 class Magnitude:
@@ -35,17 +37,20 @@ class Magnitude:
             weight = weight.float()
         return weight.abs()
 
-    def order_keys(self, weights: Tensor, out: Tensor | None = None) -> Tensor:
+    def order_keys(self, weights: Tensor) -> Tensor:
         """Order keys of the absolute values: the bits of the weights but their sign.
 
         Args:
             weights: float32 or float64, any shape, contiguous.
-            out: Where to write them: int32 or int64, of the same shape; None = a new tensor.
+
+        Returns:
+            int32 or int64, of the same shape.
         """
         wide = weights.dtype == torch.float64
         bits = weights.detach().view(torch.int64 if wide else torch.int32)
-        rest = 0x7FFFFFFFFFFFFFFF if wide else 0x7FFFFFFF
-        if out is None or weights.device.type != "cpu":
-            return torch.bitwise_and(bits, rest, out=out)
-        np.bitwise_and(bits.numpy(), rest, out=out.numpy())  # faster on pieces of a cache's size
-        return out
+        return bits & (_WIDE if wide else _NARROW)
+
+    def write_order_keys(self, weights: np.ndarray, out: np.ndarray) -> None:
+        """The same for an array, into another of the same shape, int32 or int64."""
+        wide = weights.dtype == np.float64
+        np.bitwise_and(weights.view(out.dtype), _WIDE if wide else _NARROW, out=out)

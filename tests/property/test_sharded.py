@@ -101,7 +101,9 @@ def chosen(
         values, pruned = split.values[shards.rank], split.pruned[shards.rank]
         units = Candidates(
             keys=lambda i, where: order_keys(values[i])[where],
-            keys_into=lambda i, where, out: out.copy_(order_keys(values[i][where])),
+            reader=lambda i: (
+                lambda start, out: np.copyto(out, order_keys(values[i][start : start + len(out)]))
+            ),
             pruned=lambda i: pruned[i],
             sizes=[len(v) for v in values],
             costs=costs,

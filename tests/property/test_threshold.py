@@ -20,7 +20,9 @@ from tests.property.strategies import crowds, scores, seeds
 def candidates(values: list[Tensor], pruned: list[Tensor], costs: list[int]) -> Candidates:
     return Candidates(
         keys=lambda i, where: order_keys(values[i])[where],
-        keys_into=lambda i, where, out: out.copy_(order_keys(values[i][where])),
+        reader=lambda i: (
+            lambda start, out: np.copyto(out, order_keys(values[i][start : start + len(out)]))
+        ),
         pruned=lambda i: pruned[i],
         sizes=[len(v) for v in values],
         costs=costs,

@@ -40,7 +40,7 @@ def test_magnitudes_order_keys_are_those_of_its_scores(dtype):
     expected = order_keys(weight.abs())
     room = torch.empty_like(expected)
     assert torch.equal(Magnitude().order_keys(weight), expected)
-    assert Magnitude().order_keys(weight, room) is room
+    Magnitude().write_order_keys(weight.numpy(), room.numpy())
     assert torch.equal(room, expected)
 
 

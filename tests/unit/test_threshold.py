@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +15,9 @@ def candidates(*values: list[float], pruned: list[list[bool]] | None = None, cos
     old = [torch.tensor(p) for p in pruned] if pruned else [t.isnan() for t in tensors]
     return Candidates(
         keys=lambda i, where: order_keys(tensors[i])[where],
-        keys_into=lambda i, where, out: out.copy_(order_keys(tensors[i][where])),
+        reader=lambda i: (
+            lambda start, out: np.copyto(out, order_keys(tensors[i][start : start + len(out)]))
+        ),
         pruned=lambda i: old[i],
         sizes=[len(t) for t in tensors],
         costs=costs or [1] * len(tensors),
