@@ -11,6 +11,7 @@ if __name__ != "lightning_prune.callbacks":
 from lightning_prune.callbacks.gradual_magnitude import (
     GradualMagnitudePruning as GradualMagnitudePruning,
 )
+from lightning_prune.callbacks.hard_concrete import HardConcretePruning as HardConcretePruning
 from lightning_prune.callbacks.movement import MovementPruning as MovementPruning
 
-__all__ = ["GradualMagnitudePruning", "MovementPruning"]
+__all__ = ["GradualMagnitudePruning", "HardConcretePruning", "MovementPruning"]

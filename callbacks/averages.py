@@ -13,7 +13,13 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_prune.apply import mask_, masked
 from lightning_prune.targets import Target, canonical_name
 
-__all__ = ["averages_weights", "project_averages", "project_checkpoint", "swaps_weights"]
+__all__ = [
+    "averages_weights",
+    "project_averages",
+    "project_checkpoint",
+    "replace_in_checkpoint",
+    "swaps_weights",
+]
 
 
 def swaps_weights(trainer: L.Trainer) -> bool:
@@ -43,19 +49,35 @@ def project_checkpoint(
         masks: Masks by parameter name.
         targets: The masked weights.
     """
-    by_parameter = {id(t.parameter): masks[t.name] for t in targets}
-    live = pl_module.state_dict(keep_vars=True)
-    by_name = {
-        canonical_name(name): by_parameter[id(parameter)]
-        for name, parameter in live.items()
-        if id(parameter) in by_parameter
-    }
+    by_name = _by_name(pl_module, {id(t.parameter): masks[t.name] for t in targets})
     for key in ("state_dict", "current_model_state"):
         weights = checkpoint.get(key, {})
         for name, weight in weights.items():
             mask = by_name.get(canonical_name(name))
             if mask is not None:
                 weights[name] = masked(weight, mask.to(weight.device))
+
+
+def replace_in_checkpoint(
+    checkpoint: dict[str, Any], pl_module: L.LightningModule, values: Mapping[int, Tensor]
+) -> None:
+    """Replaces weights in a checkpoint; the live weights are not touched.
+
+    Args:
+        checkpoint: Lightning's checkpoint.
+        pl_module: Whose weights they are.
+        values: New values by the parameter's ``id``.
+    """
+    by_name = _by_name(pl_module, values)
+    weights = checkpoint.get("state_dict", {})
+    for name in weights:
+        if canonical_name(name) in by_name:
+            weights[name] = by_name[canonical_name(name)]
+
+
+def _by_name(pl_module: L.LightningModule, given: Mapping[int, Tensor]) -> dict[str, Tensor]:
+    live = pl_module.state_dict(keep_vars=True)
+    return {canonical_name(n): given[id(p)] for n, p in live.items() if id(p) in given}
 
 
 def project_averages(

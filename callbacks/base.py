@@ -15,11 +15,7 @@ from torch import Tensor
 from lightning_prune.allocation import Allocation
 from lightning_prune.apply import mask_, mask_moments_
 from lightning_prune.callbacks import checks
-from lightning_prune.callbacks.averages import (
-    averages_weights,
-    project_checkpoint,
-    swaps_weights,
-)
+from lightning_prune.callbacks.averages import averages_weights, project_checkpoint, swaps_weights
 from lightning_prune.callbacks.costs import known_costs, shared_costs
 from lightning_prune.callbacks.run_length import run_length
 from lightning_prune.callbacks.settings import Settings
@@ -257,10 +253,13 @@ class MaskCallback(L.Callback):
         self._stop_counting(pl_module)
         self._update_if_due()
         if not trainer.barebones:
-            due = self._resolved().value(self.step) if self._updated >= 0 else self._actual
-            for name, value in (("target", due), ("actual", self._actual)):
+            for name, value in self._levels().items():
                 label = f"sparsity/{name}{self._suffix}"
                 pl_module.log(label, value, prog_bar=True, on_step=True, on_epoch=False)
+
+    def _levels(self) -> dict[str, float]:
+        due = self._resolved().value(self.step) if self._updated >= 0 else self._actual
+        return {"target": due, "actual": self._actual}
 
     def _update_if_due(self) -> None:
         step, schedule = self.step, self._resolved()

@@ -125,7 +125,7 @@ class Policy:
         Raises:
             PruneError: If a weight holds NaN or infinity.
         """
-        self._check_finite(targets, shards)
+        self.check_finite(targets, shards)
         pool = self._pool(targets, masks, sparsity / final if final else 0.0, shards)
         budget = self._budget(targets, sparsity)
         quotas = self.allocation.split(pool, budget)
@@ -225,7 +225,8 @@ class Policy:
             ),
         )
 
-    def _check_finite(self, targets: Sequence[Target], shards: Shards) -> None:
+    def check_finite(self, targets: Sequence[Target], shards: Shards) -> None:
+        """Refuses weights, and learned scores, that are NaN or infinite."""
         wrong = [0 if torch.isfinite(t.local.sum()) else _count_wrong(t.local) for t in targets]
         total = shards.sum(torch.tensor(wrong)).tolist()
         for target, count in zip(targets, total, strict=True):

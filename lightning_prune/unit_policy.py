@@ -124,7 +124,7 @@ class UnitPolicy(Policy):
         fewest = {g.name: torch.zeros(g.size, dtype=torch.bool) for g in self.layout.groups}
         for group in self.layout.groups:
             fewest[group.name][: self._least(group)] = True
-        counter = self._counter(targets)
+        counter = self.counter(targets)
         total, least = float(counter.count({})), float(counter.count(fewest))
         if least > (1 - sparsity) * total + 1e-6:
             raise refusal(
@@ -146,7 +146,7 @@ class UnitPolicy(Policy):
         shards: Shards,
     ) -> Iterator[tuple[Target, Tensor]]:
         """Chooses new masks; see `Policy.masks`."""
-        self._check_finite(targets, shards)
+        self.check_finite(targets, shards)
         prefix = self.layout.anatomy.prefix
         kept = self.choose(targets, self.layout.kept(masks), sparsity, final)
         by_name = {t.name.removeprefix(prefix): t for t in self.everything}
@@ -176,7 +176,7 @@ class UnitPolicy(Policy):
         Returns:
             Bool masks by group name.
         """
-        counter = self._counter(targets)
+        counter = self.counter(targets)
         steps = self._steps(targets, kept)
         total = float(counter.count({}))
 
@@ -225,14 +225,15 @@ class UnitPolicy(Policy):
         step = self.layout.multiple_of if group.kind in _ROUNDED else 1
         return min(group.size, -(-least // step) * step)
 
-    def _counter(self, targets: Sequence[Target]) -> Counter:
+    def counter(self, targets: Sequence[Target]) -> Counter:
+        """Counts the selected weights, at what each of them costs."""
         prefix = self.layout.anatomy.prefix
         uses = {t.name.removeprefix(prefix): float(self.costs.get(t.name, 1)) for t in targets}
         return Counter(self.layout.anatomy, uses)
 
     def _steps(self, targets: Sequence[Target], kept: Mapping[str, Tensor]) -> list[_Step]:
         """What may go, in the order in which it goes."""
-        scores = self._scores(targets)
+        scores = self.unit_scores(targets)
         chains: dict[object, list[list[_Step]]] = {}
         for group in self.layout.alive(kept):
             score = scores[group.name].masked_fill(~kept[group.name], -torch.inf)
@@ -263,7 +264,7 @@ class UnitPolicy(Policy):
             start = cut
         return steps
 
-    def _scores(self, targets: Sequence[Target]) -> dict[str, Tensor]:
+    def unit_scores(self, targets: Sequence[Target]) -> dict[str, Tensor]:
         """The mean score of each unit's selected weights, float64 of shape (units,)."""
         if self.given is not None:
             return dict(self.given)

@@ -1,0 +1,92 @@
+"""What gates cannot be asked for, or stand on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_prune.errors import refusal
+from lightning_prune.targets import Target
+
+__all__ = [
+    "check_gradients",
+    "check_locations",
+    "check_one_budget",
+    "check_trainer_of_gates",
+]
+
+
+def check_one_budget(
+    callback: str,
+    sparsity: float | None,
+    units: str | list[str],
+    target_shape: Mapping[str, int] | None,
+) -> None:
+    """Refuses to be told no size, or two."""
+    if target_shape is None and sparsity is None:
+        raise refusal(
+            "Gates need a size to come down to",
+            where=f"{callback}(sparsity=...)",
+            got=None,
+            allowed="a number in [0, 1), or a target_shape",
+            fix="write sparsity=0.9",
+        )
+    if target_shape is not None and (sparsity is not None or units != "weights"):
+        raise refusal(
+            "A target shape says what goes, and how much",
+            where=f"{callback}(target_shape=...)",
+            got=f"sparsity={sparsity}, units={units}",
+            allowed="target_shape alone",
+            fix="leave sparsity and units out",
+        )
+
+
+def check_trainer_of_gates(
+    callback: str, averages: bool, targets: Sequence[Target], sparsity: float
+) -> None:
+    """Refuses averages of weights under random gates, and weights split over ranks."""
+    if averages and sparsity > 0:
+        raise refusal(
+            "Averages of weights under random gates stand for no network",
+            where=f"{callback}, Trainer(callbacks=[...])",
+            got="an averaging callback",
+            allowed="gates without averages",
+            fix="train with gates first, and average in a second run from its checkpoint",
+        )
+    split = [t.name for t in targets if t.sharded]
+    if split:
+        raise refusal(
+            "Gates are not put together from several ranks",
+            where=f"{callback}, {split[0]}",
+            got="a weight that is split over ranks (FSDP2)",
+            allowed="weights that every rank holds whole",
+            fix="train with DDP",
+        )
+
+
+def check_gradients(callback: str, targets: Sequence[Target]) -> None:
+    """Refuses weights whose gates no gradient would reach."""
+    still = [t.name for t in targets if not t.parameter.requires_grad]
+    if still:
+        raise refusal(
+            "Gates learn from the gradients of their weights, which frozen weights have not",
+            where=still[0] + (f" and {len(still) - 1} more" if len(still) > 1 else ""),
+            got=f"requires_grad=False under {callback}",
+            allowed="weights that require gradients",
+            fix="leave requires_grad on",
+        )
+
+
+def check_locations(callback: str, locations: Mapping[str, Tensor]) -> None:
+    """Refuses to choose by gates that are not finite."""
+    wrong = [name for name, x in locations.items() if not bool(torch.isfinite(x).all())]
+    if wrong:
+        raise refusal(
+            "A gate is not finite, so it cannot be ranked",
+            where=f"{callback}, {wrong[0]}",
+            got=f"{len(wrong)} groups of gates with NaN or infinity",
+            allowed="finite gradients in every step that is made",
+            fix="look for the step whose gradients left the finite range",
+        )

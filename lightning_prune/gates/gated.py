@@ -1,0 +1,220 @@
+"""Parameters under gates: what the network runs with, and how gates learn.
+
+Between optimizer steps a parameter holds ``raw * factor`` (*shown*); for the step itself it is
+*open* and holds its raw value, with the gradient of that. Random numbers are a function of the seed
+and the step alone, so that every rank draws the same and a resumed run goes on with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_prune.gates.budget import Budget
+from lightning_prune.gates.hard_concrete import HardConcrete
+from lightning_prune.gates.ties import Tie, factor, gate_gradients
+
+__all__ = ["Gated", "Gating"]
+
+_SPREAD = 0.01  # standard deviation of the first locations
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gating:
+    """How gates are made, and learn.
+
+    Attributes:
+        gate: The distribution.
+        start: Mean of the first locations.
+        lr: Learning rate of the locations, by Adam without weight decay.
+        counted: Whether gates at test time are CoFi's, and not Louizos'.
+        seed: Of all random numbers.
+    """
+
+    gate: HardConcrete
+    start: float
+    lr: float
+    counted: bool = False
+    seed: int = 0
+
+
+class Gated:
+    """Gates on parameters.
+
+    Args:
+        gating: How gates are made.
+        parameters: The parameters, by name; written to.
+        ties: What multiplies each of them, by name.
+        shapes: Shapes of the groups of gates, by name.
+        budget: What presses on them.
+
+    Attributes:
+        raw: Copies of the parameters without gates, by name.
+        locations: ``log_alpha`` of each gate, float32, by group.
+        learned: The step whose gates have learned last; -1 for none.
+    """
+
+    def __init__(
+        self,
+        gating: Gating,
+        parameters: Mapping[str, Tensor],
+        ties: Mapping[str, Sequence[Tie]],
+        shapes: Mapping[str, Sequence[int]],
+        budget: Budget,
+    ) -> None:
+        self._gating = gating
+        self._parameters = {n: p.detach() for n, p in parameters.items() if n in ties}
+        self._ties = dict(ties)
+        self.raw = {n: p.clone() for n, p in self._parameters.items()}
+        device = next(iter(self.raw.values())).device
+        chance = torch.Generator(device).manual_seed(gating.seed)
+        self.locations = {
+            name: torch.empty(tuple(shape), device=device).normal_(
+                gating.start, _SPREAD, generator=chance
+            )
+            for name, shape in shapes.items()
+        }
+        for location in self.locations.values():
+            gating.gate.clamp_(location)
+        self._optimizer = torch.optim.Adam(list(self.locations.values()), lr=gating.lr)
+        self._budget = budget
+        self.learned = -1
+        self._gradients: dict[str, Tensor] = {}
+        self._shown: dict[str, Tensor] = {}
+
+    @property
+    def open_probabilities(self) -> dict[str, Tensor]:
+        """The probability that each gate is not exactly 0, by group."""
+        return {n: self._gating.gate.open_probability(x) for n, x in self.locations.items()}
+
+    def sampled(self, step: int) -> dict[str, Tensor]:
+        """The gates of one optimizer step, by group."""
+        gate = self._gating.gate
+        uniform = self._uniform(step)
+        return {n: gate.sample(x, uniform[n]) for n, x in self.locations.items()}
+
+    def certain(self) -> dict[str, Tensor]:
+        """The gates at test time, by group."""
+        gate = self._gating.gate
+        if not self._gating.counted:
+            return {n: gate.test_gate(x) for n, x in self.locations.items()}
+        return {n: gate.counted_gate(x.flatten()).view_as(x) for n, x in self.locations.items()}
+
+    def folded(self) -> dict[str, Tensor]:
+        """The gates at test time of those that stay: never 0, by group."""
+        return {
+            n: torch.where(g > 0, g, torch.sigmoid(self.locations[n]))
+            for n, g in self.certain().items()
+        }
+
+    def _uniform(self, step: int) -> dict[str, Tensor]:
+        device = next(iter(self.locations.values())).device
+        chance = torch.Generator(device).manual_seed(self._gating.seed * 1_000_003 + step + 1)
+        return {
+            n: torch.rand(x.shape, generator=chance, device=device)
+            for n, x in self.locations.items()
+        }
+
+    # What the network runs with -----------------------------------------------------------------
+
+    def show(self, gates: Mapping[str, Tensor], names: Sequence[str] | None = None) -> None:
+        """Writes ``raw * factor`` into parameters; None = all of them."""
+        self._shown = dict(gates)
+        for name in self._parameters if names is None else names:
+            raw = self.raw[name]
+            by = factor(self._ties[name], gates, raw.shape)
+            self._parameters[name].copy_(raw * by.to(raw.dtype))
+
+    def value(self, name: str, gates: Mapping[str, Tensor]) -> Tensor:
+        """What `show` would write into one parameter."""
+        raw = self.raw[name]
+        return raw * factor(self._ties[name], gates, raw.shape).to(raw.dtype)
+
+    def open(self, name: str) -> None:
+        """Puts the raw value into a parameter, for an optimizer's step."""
+        self._parameters[name].copy_(self.raw[name])
+
+    def keep(self, name: str) -> None:
+        """Takes the raw value over from a parameter, after an optimizer's step."""
+        self.raw[name].copy_(self._parameters[name])
+
+    # How gates learn ----------------------------------------------------------------------------
+
+    def observe(self, name: str, gradient: Tensor, scale: float) -> None:
+        """Takes in the gradient of what was shown, and turns it into that of the raw value.
+
+        Args:
+            name: The parameter.
+            gradient: Overwritten.
+            scale: What a gradient scaler has multiplied the loss by.
+        """
+        ties, raw = self._ties[name], self.raw[name]
+        product = gradient.float() * raw.float() / scale
+        for group, slope in gate_gradients(ties, self._shown, product).items():
+            seen = self._gradients.get(group)
+            self._gradients[group] = slope if seen is None else seen + slope
+        gradient.mul_(factor(ties, self._shown, raw.shape).to(gradient.dtype))
+
+    def learn(self, step: int, progress: float) -> None:
+        """One step of the gates, and of the multipliers; none if that step's has been made.
+
+        Args:
+            step: The optimizer step whose gates the gradients are of.
+            progress: The share of the budget's ramp that is behind, in [0, 1].
+        """
+        if step <= self.learned:
+            return
+        self.learned = step
+        penalty = self._budget.press(self.open_probabilities, progress)
+        gate, uniform = self._gating.gate, self._uniform(step)
+        for name, location in self.locations.items():
+            slope = torch.zeros_like(location)
+            if name in self._gradients:
+                slope += self._gradients[name] * gate.sample_slope(location, uniform[name])
+            if name in penalty:
+                slope += penalty[name] * gate.open_slope(location)
+            location.grad = slope
+        self._optimizer.step()
+        for location in self.locations.values():
+            location.grad = None
+            gate.clamp_(location)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops gradients that no step has used."""
+        self._gradients.clear()
+
+    # State --------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Raw values, locations and their optimizer: tensors and primitives."""
+        return {
+            "learned": self.learned,
+            "multipliers": self._budget.multipliers.state_dict(),
+            "raw": {n: x.clone() for n, x in self.raw.items()},
+            "locations": {n: x.clone() for n, x in self.locations.items()},
+            "gradients": {n: x.clone() for n, x in self._gradients.items()},
+            "moments": [
+                {k: v.clone() for k, v in self._optimizer.state.get(x, {}).items()}
+                for x in self.locations.values()
+            ],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts them back; parameters are not written."""
+        self.learned = state["learned"]
+        self._budget.multipliers.load_state_dict(state["multipliers"])
+        for name, value in state["raw"].items():
+            self.raw[name].copy_(value)
+        for name, slope in state["gradients"].items():
+            self._gradients[name] = slope.to(self.locations[name].device, copy=True)
+        for (name, location), moments in zip(self.locations.items(), state["moments"], strict=True):
+            location.copy_(state["locations"][name])
+            self._optimizer.state[location] = {
+                k: v.clone().to(v.device if k == "step" else location.device)
+                for k, v in moments.items()
+            }
