@@ -8,10 +8,20 @@ if __name__ != "lightning_prune.callbacks":
         "classes; write `from lightning_prune.callbacks import ...` instead"
     )
 
+from lightning_prune.callbacks.diff_pruning import DiffPruning as DiffPruning
+from lightning_prune.callbacks.dynamic_batch_loading import (
+    DynamicBatchLoading as DynamicBatchLoading,
+)
 from lightning_prune.callbacks.gradual_magnitude import (
     GradualMagnitudePruning as GradualMagnitudePruning,
 )
 from lightning_prune.callbacks.hard_concrete import HardConcretePruning as HardConcretePruning
 from lightning_prune.callbacks.movement import MovementPruning as MovementPruning
 
-__all__ = ["GradualMagnitudePruning", "HardConcretePruning", "MovementPruning"]
+__all__ = [
+    "DiffPruning",
+    "DynamicBatchLoading",
+    "GradualMagnitudePruning",
+    "HardConcretePruning",
+    "MovementPruning",
+]

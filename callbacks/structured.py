@@ -8,6 +8,8 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.allocation import Allocation, Global
@@ -179,6 +181,15 @@ class StructuredCallback(CompactingCallback):
             )
 
     def _lay_out(self, model: torch.nn.Module) -> Layout:
+        split = next((n for n, p in model.named_parameters() if isinstance(p, DTensor)), None)
+        if split is not None:  # before the survey, which moves entries of weights about
+            raise refusal(
+                "Units over several parameters are not put together from several ranks",
+                where=f"{self.name}(units=...), {split}",
+                got="a weight that is split over ranks (FSDP2)",
+                allowed="weights that every rank holds whole",
+                fix="leave units out, or train with DDP",
+            )
         return Layout(
             anatomy=survey(model),
             kinds=self.units or (),
@@ -194,6 +205,7 @@ class StructuredCallback(CompactingCallback):
         super().on_fit_start(trainer, pl_module)
         members = self._members
         if isinstance(members, UnitMembers) and members.layout is not None:
+            self._check_unused(trainer, members.layout)
             self._layout = members.layout
             groups = self._layout.groups
             self._kept = {g.name: torch.ones(g.size, dtype=torch.bool) for g in groups}
@@ -202,6 +214,20 @@ class StructuredCallback(CompactingCallback):
             self._follow()
             if isinstance(self.policy.criterion, Activation) and not self.finished:
                 self._activity = Activity(network, self._layout)
+
+    def _check_unused(self, trainer: L.Trainer, layout: Layout) -> None:
+        """Refuses layers that would get no gradient where DDP waits for all gradients."""
+        whole = [g.kind for g in layout.groups if g.sites]
+        ddp = trainer.strategy.model
+        waits = isinstance(ddp, DistributedDataParallel) and not ddp.find_unused_parameters
+        if whole and waits and self.sparsity > 0:
+            raise refusal(
+                "DDP waits for the gradients of all layers, and those that are pruned get none",
+                where=f"{self.name}(units=...), strategy",
+                got=f"{sorted(set(whole))} with find_unused_parameters=False",
+                allowed="DDP that finds unused parameters",
+                fix="write strategy='ddp_find_unused_parameters_true', or leave these units out",
+            )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lays the schedule onto the run; units that a resumed state has lost stay lost."""

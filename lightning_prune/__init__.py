@@ -4,6 +4,8 @@ The callbacks are in `lightning_prune.callbacks`, ready modules and data in `lig
 """
 
 from lightning_prune._version import __version__ as __version__
+from lightning_prune.delta import apply_delta as apply_delta
+from lightning_prune.delta import save_delta as save_delta
 from lightning_prune.errors import NoEffectWarning as NoEffectWarning
 from lightning_prune.errors import PruneError as PruneError
 from lightning_prune.export import from_pretrained as from_pretrained
@@ -26,6 +28,7 @@ __all__ = [
     "RemovalPlan",
     "SparsityReport",
     "__version__",
+    "apply_delta",
     "compact",
     "from_pretrained",
     "load_mask",
@@ -33,6 +36,7 @@ __all__ = [
     "plan_removal",
     "remove",
     "report",
+    "save_delta",
     "save_mask",
     "save_pretrained",
 ]

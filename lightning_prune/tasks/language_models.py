@@ -190,9 +190,14 @@ class LanguageModel(L.LightningModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
         return loss
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Counts one validation batch."""
-        self._evaluate(batch, self.val_metrics)
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Counts one validation batch.
+
+        Returns:
+            The `loss`, in nats per token that counts, and the `count` of these tokens.
+        """
+        found = self._evaluate(batch, self.val_metrics)
+        return {"loss": found.loss, "count": found.tokens}
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Counts one test batch."""
@@ -217,10 +222,11 @@ class LanguageModel(L.LightningModule):
         """Tells the schedule how long the run is."""
         resolve_schedules(self.trainer)
 
-    def _evaluate(self, batch: dict[str, Tensor], metrics: MetricCollection) -> None:
+    def _evaluate(self, batch: dict[str, Tensor], metrics: MetricCollection) -> TokenScores:
         found = self.score(batch)
         metrics.update(nats=found.nats, correct=found.correct, tokens=found.tokens)
         self.log_dict(metrics, prog_bar=True, batch_size=len(batch["labels"]))
+        return found
 
     def _adopt(self, network: nn.Module) -> None:
         """Takes a network as the one to be trained."""

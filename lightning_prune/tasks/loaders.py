@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_prune.errors import refusal
 
-__all__ = ["BatchOrder", "ResumableLoader", "loader_for"]
+__all__ = ["BatchOrder", "Clock", "ResumableLoader", "loader_for"]
 
 # Shapes: N examples of the data set.
 
@@ -164,7 +164,7 @@ class BatchOrder:
         return [self.batch_size] * full + tail
 
 
-class _Clock:
+class Clock:
     """The epoch, where Lightning looks for a sampler: `loader.batch_sampler.sampler.set_epoch`."""
 
     def __init__(self) -> None:
@@ -211,7 +211,7 @@ class ResumableLoader:
         self.collate_fn = _as_it_is if collate_fn is None else collate_fn
         self.num_workers = num_workers
         self.pin_memory = pin_memory
-        self.batch_sampler = _Clock()
+        self.batch_sampler = Clock()
         self._epoch = 0  # of the batches counted in _batches
         self._batches = 0
         self._resuming = False

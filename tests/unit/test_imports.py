@@ -18,6 +18,7 @@ ROOMS = [
     ["_version", "errors"],
     ["distributed", "threshold"],
     [
+        "proportions",
         "schedules",
         "timeline",
         "criteria",
@@ -40,7 +41,7 @@ ROOMS = [
         "lora",
         "reports",
     ],
-    ["export", "distillation", "tasks"],
+    ["export", "delta", "distillation", "tasks"],
     ["callbacks"],
     ["cli"],
 ]
