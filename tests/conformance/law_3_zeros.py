@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.conformance.law_2_budgets import assert_exact, count
+from tests.conformance.law_2_budgets import assert_budget, assert_exact, count
 from tests.conformance.registry import Case, check
 from tests.conformance.toy import BATCHES, EPOCHS, STEPS, Batches, TwoOptimizers, batches, train
 from tests.conformance.watch import Watch, same_bits, weights
@@ -41,8 +41,7 @@ def watched(
     callback = case.make(**(wanted or {}))
     watch = Watch(callback)
     trainer = train(model, *first, callback, watch, **settings)
-    pruned, total = count(callback.masks)
-    assert pruned == round(0.5 * total), f"{pruned} of {total}"
+    assert_budget(callback, 0.5)
     return watch, trainer
 
 
@@ -255,8 +254,7 @@ def fast_dev_run(case: Case, folder: Path) -> None:
 
 
 def assert_exact_masks(callback: Any) -> None:
-    pruned, total = count(callback.masks)
-    assert pruned == round(0.5 * total)
+    assert_budget(callback, 0.5)
 
 
 @check(3)

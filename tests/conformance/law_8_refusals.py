@@ -181,9 +181,10 @@ def weights_that_are_not_finite(case: Case, folder: Path) -> None:
                 if trainer.global_step == 4:  # an update is due, and ours comes after this
                     first.update(copied(callback.masks))  # noqa: B023
                     with torch.no_grad():
-                        module.wide.weight[2, :3] = value  # noqa: B023
+                        module.get_parameter(case.model.wide_weight)[2, :3] = value  # noqa: B023
 
-        with refused(where="wide.weight", got="3 entries", allowed="finite", fix="learning rate"):
+        name = case.model.wide_weight
+        with refused(where=name, got="3 entries", allowed="finite", fix="learning rate"):
             train(model, Spoil(), callback)
         assert same_bits(callback.masks, first)
 

@@ -9,3 +9,4 @@ from tests.conformance import law_7_off as law_7_off
 from tests.conformance import law_8_arguments as law_8_arguments
 from tests.conformance import law_8_refusals as law_8_refusals
 from tests.conformance import law_9_together as law_9_together
+from tests.conformance import laws_of_units as laws_of_units

@@ -1,6 +1,7 @@
-"""Two processes for law 5: each trains every callback in every row and writes down what it saw.
+"""Two processes for law 5: each trains every callback in every row, and units in a few scenes.
 
-Importing takes longer than all the training, so one pair of processes serves the whole suite:
+Both write down what they saw. Importing takes longer than all the training, so one pair of
+processes serves the whole suite:
 ``python -m tests.conformance.ranks RANK FOLDER``, twice. With one rank, `run` is the reference.
 """
 
@@ -28,8 +29,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from tests.conformance.mutants_of_runs import BROKEN_RANKS
+from tests.conformance.mutants_of_units import BROKEN_RANKS_OF_UNITS, unit_case
+from tests.conformance.ranks_of_units import REFUSED, SCENES
+from tests.conformance.ranks_of_units import run as run_scene
 from tests.conformance.registry import Case, cases
 from tests.conformance.toy import Batches, Toy, train
+from tests.conformance.units import Units
 
 __all__ = ["ROWS", "run", "start_ranks"]
 
@@ -50,6 +55,13 @@ class Sharded(Toy):
 
     def configure_model(self) -> None:
         fully_shard(self, mesh=self.device_mesh["data_parallel"])
+
+
+class ShardedUnits(Sharded, Units):
+    """The same with units."""
+
+
+SHARDED = {Toy: Sharded, Units: ShardedUnits}
 
 
 def whole(parameter: Tensor, local: Tensor) -> Tensor:
@@ -97,10 +109,11 @@ def run(case: Case, row: str, *, rank: int = 0, ranks: int = 1, folder: Path) ->
     """One run of one row; a resumed one is trained twice, and its second run is written down."""
     sharded, resumed = row.startswith("fsdp2") and ranks > 1, "resumed" in row and ranks > 1
     wanted = {"start": 1, "end": 4, "every": 1} if "accumulation" in row else {}
-    checkpoint = folder / f"{case.name}-{row}.ckpt" if resumed else None
+    checkpoint = folder / f"{case}-{row}.ckpt" if resumed else None
     for seed in (0, 1) if resumed else (0,):
         settings = ROWS[row] | (_parallel(sharded, "shards" in row) if ranks > 1 else {})
-        model = (Sharded if sharded else Toy)(width=15, optimizer="adamw", seed=seed)
+        kind = SHARDED[case.model] if sharded else case.model
+        model = kind(width=15, optimizer=kind.optimizer_of_ranks, seed=seed)
         callback = case.make(**{k: v for k, v in wanted.items() if k in case.arguments})
         record = Record(callback, checkpoint if seed == 0 else None)
         train(
@@ -124,18 +137,21 @@ class Disturb(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         if trainer.global_rank == 1:
             with torch.no_grad():
-                pl_module.wide.weight.copy_(pl_module.wide.weight.flip(0))
+                weight = pl_module.get_parameter(pl_module.wide_weight)
+                weight.copy_(weight.flip(0))
 
 
 def run_disturbed(case: Case, *, rank: int) -> dict[str, Any]:
     """A run whose ranks drift apart; nothing but a refusal may come of it."""
     settings = _parallel(False, False)
-    train(Toy(), Disturb(), case.make(), loader=Batches(rank=rank, ranks=2), **settings)
+    train(case.model(), Disturb(), case.make(), loader=Batches(rank=rank, ranks=2), **settings)
     return {}
 
 
 @contextmanager
-def start_ranks(folder: Path) -> Iterator[Callable[[], list[dict[str, Any]]]]:
+def start_ranks(
+    folder: Path, module: str = "tests.conformance.ranks"
+) -> Iterator[Callable[[], list[dict[str, Any]]]]:
     """Starts both processes; gives what waits for their end and reads what each wrote."""
     pair = []
     for rank in (0, 1):
@@ -144,7 +160,7 @@ def start_ranks(folder: Path) -> Iterator[Callable[[], list[dict[str, Any]]]]:
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join(sys.path),
         }
-        command = [sys.executable, "-m", "tests.conformance.ranks", str(rank), str(folder)]
+        command = [sys.executable, "-m", module, str(rank), str(folder)]
         with (folder / f"log-{rank}.txt").open("w") as log:
             pair.append(
                 subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
@@ -169,12 +185,12 @@ def start_ranks(folder: Path) -> Iterator[Callable[[], list[dict[str, Any]]]]:
             process.wait()
 
 
-def main(rank: int, folder: Path) -> None:
-    """What one of the two processes does."""
+@contextmanager
+def meet(rank: int, folder: Path) -> Iterator[None]:
+    """Joins the other process, through a file instead of a port, which another could take."""
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.simplefilter("ignore")
-    # A file instead of a port, which another process could take.
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/meeting",
@@ -182,31 +198,43 @@ def main(rank: int, folder: Path) -> None:
         world_size=2,
         timeout=datetime.timedelta(seconds=30),
     )
-    found: dict[str, Any] = {}
-    for case in cases():
-        if case.excused(5) is None:
-            rows = found[case.name] = {}
-            for row in ROWS:
-                rows[row] = _caught(run, case, row, rank=rank, ranks=2, folder=folder)
-            rows["disturbed"] = _caught(run_disturbed, case, rank=rank)
-    for kind, row in BROKEN_RANKS.items():
-        case = Case(kind=kind)
-        work = run_disturbed if row == "disturbed" else run
-        settings = {} if row == "disturbed" else {"row": row, "ranks": 2, "folder": folder}
-        found[case.name] = {row: _caught(work, case, rank=rank, **settings)}
-    torch.save(found, folder / f"rank-{rank}.pt")
+    yield
     dist.destroy_process_group()
 
 
-def _caught(work: Any, case: Case, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    start = time.perf_counter()
+def main(rank: int, folder: Path) -> None:
+    """What one of the two processes does."""
+    found: dict[str, Any] = {}
+    for case in cases():
+        rows = found[str(case)] = {}
+        for row in ROWS:
+            if case.tries(f"5-{row}"):
+                rows[row] = _caught(run, case, row, rank=rank, ranks=2, folder=folder)
+        if case.tries("5-disturbed"):
+            rows["disturbed"] = _caught(run_disturbed, case, rank=rank)
+    broken = [(Case(kind=kind), row) for kind, row in BROKEN_RANKS.items()]
+    broken += [(unit_case(kind), row) for kind, row in BROKEN_RANKS_OF_UNITS.items()]
+    for case, row in broken:
+        work = run_disturbed if row == "disturbed" else run
+        settings = {} if row == "disturbed" else {"row": row, "ranks": 2, "folder": folder}
+        found[str(case)] = {row: _caught(work, case, rank=rank, **settings)}
+    found["scenes of units"] = {
+        scene: _caught(run_scene, scene, rank=rank, ranks=2, folder=folder)
+        for scene in SCENES | REFUSED
+    }
+    torch.save(found, folder / f"rank-{rank}.pt")
+
+
+def _caught(work: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    start = time.process_time()
     try:
-        return work(case, *args, **kwargs)
+        return work(*args, **kwargs)
     except Exception as error:  # noqa: BLE001  written down, and judged by the test
         return {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
     finally:
-        print(f"{case.name} {args} took {time.perf_counter() - start:.1f} s", flush=True)
+        print(*args, f"took {time.process_time() - start:.1f} s of a core", flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    with meet(int(sys.argv[1]), Path(sys.argv[2])):
+        main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -15,8 +15,9 @@ import lightning as L
 
 from lightning_prune import callbacks
 from tests.conformance.toy import Toy
+from tests.conformance.variants import VARIANTS
 
-__all__ = ["CHECKS", "LAWS", "Case", "Check", "cases", "check"]
+__all__ = ["CHECKS", "CUT", "LAWS", "UNITS", "Case", "Check", "cases", "check"]
 
 LAWS = {
     1: "stock names",
@@ -30,6 +31,9 @@ LAWS = {
     9: "composable",
 }
 
+# What checks of units need.
+UNITS, CUT = "network of units", "network of units that is cut"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -38,20 +42,32 @@ class Case:
     Attributes:
         kind: The class. It declares what its masks cover (``covers``) and, where a law does not
             apply to it, why: ``laws = {4: "the reason"}``; of a single check
-            ``laws = {"4-accumulation": "the reason"}``.
+            ``laws = {"4-accumulation": "the reason"}``; of the runs of two processes whose names
+            in ranks.py begin so, which must be refused then, ``laws = {"5-fsdp2": "the reason"}``.
         defaults: Arguments; those that the constructor does not take are left out.
-        model: Makes the network that it is tried on; takes the arguments of `Toy`.
+        model: The network that it is tried on; takes the arguments of `Toy`.
+        variant: What is special about these arguments, if a class is tried with several.
+        laws: More declared reasons, of this variant alone.
+        only: The checks and runs of two processes that are made, if not all are.
+        why: The reason for it.
     """
 
     kind: type[L.Callback]
     defaults: Mapping[str, Any] = field(
         default_factory=lambda: {"sparsity": 0.5, "start": 2, "end": 8, "every": 2}
     )
-    model: Callable[..., L.LightningModule] = Toy
+    model: type[Toy] = Toy
+    variant: str = ""
+    laws: Mapping[int | str, str] = field(default_factory=dict)
+    only: tuple[str, ...] = ()
+    why: str = ""
 
     @property
     def name(self) -> str:
         return self.kind.__name__
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.variant}" if self.variant else self.name
 
     @property
     def arguments(self) -> frozenset[str]:
@@ -71,7 +87,7 @@ class Case:
     @property
     def declared(self) -> Mapping[int | str, str]:
         """Why laws, or single checks of them, do not apply."""
-        return getattr(self.kind, "laws", {})
+        return {**getattr(self.kind, "laws", {}), **self.laws}
 
     def excused(self, what: int | Check) -> str | None:
         """Why a law, or a check of it, does not apply."""
@@ -79,8 +95,22 @@ class Case:
         for declared in (law, str(what)):
             if declared in self.declared:
                 return self.declared[declared]
-        missing = [name for name in needs if name not in self.arguments]
+        missing = [name for name in needs if name not in self.arguments | self.has]
         return f"takes no {', '.join(missing)}" if missing else None
+
+    def tries(self, name: str) -> bool:
+        """Whether a check, or a run of two processes such as "5-ddp", is to be made at all."""
+        return name in self.only if self.only else int(name[0]) not in self.declared
+
+    def refuses(self, name: str) -> bool:
+        """Whether a run of two processes must be refused."""
+        return any(name.startswith(what) for what in self.declared if isinstance(what, str))
+
+    @property
+    def has(self) -> frozenset[str]:
+        """What checks can need besides arguments."""
+        given = {UNITS: "units" in self.defaults, CUT: bool(self.defaults.get("compact"))}
+        return frozenset(name for name, holds in given.items() if holds)
 
 
 @dataclass(frozen=True)
@@ -122,14 +152,19 @@ def check(
 
 
 # A callback whose constructor or network is special gets a row here; all others need none.
-ROWS: dict[str, Callable[[type[L.Callback]], Case]] = {}
+ROWS: dict[str, Callable[[type[L.Callback]], Case]] = {
+    "DynamicBatchLoading": lambda kind: Case(
+        kind=kind, defaults={"reference_losses": {"web": 2.0, "code": 1.0}}
+    ),
+}
 
 
 def cases() -> list[Case]:
-    """All callbacks that `lightning_prune.callbacks` makes public."""
+    """All callbacks that `lightning_prune.callbacks` makes public, each with its variants."""
     found = []
     for name in callbacks.__all__:
         kind = getattr(callbacks, name)
         if inspect.isclass(kind) and issubclass(kind, L.Callback):
             found.append(ROWS[name](kind) if name in ROWS else Case(kind=kind))
+            found += [Case(kind=kind, **variant) for variant in VARIANTS.get(name, [])]
     return found

@@ -11,6 +11,7 @@ from lightning_prune.errors import PruneError
 from tests.conformance import laws  # noqa: F401  registers the checks
 from tests.conformance import mutants_of_masks as masks
 from tests.conformance import mutants_of_runs as runs
+from tests.conformance import mutants_of_units as units
 from tests.conformance.law_5_ranks import assert_refuses_drift, assert_row
 from tests.conformance.registry import CHECKS, Case
 
@@ -125,19 +126,37 @@ MUTATIONS: dict[type, tuple[str, ...]] = {
     runs.TouchesOthersWeights: ("9-alone_or_together", "9-frozen_layers", "9-low_rank_adapters"),
 }
 
+MUTATIONS_OF_UNITS: dict[type, tuple[str, ...]] = {
+    units.RenamesWhatItCuts: ("1-names_after_a_cut",),
+    units.PrunesOneNeuronTooMany: ("2-units_of_any_sparsity",),
+    units.IsLate: ("2-units_follow_the_schedule",),
+    units.CutsHalf: ("2-units_cut",),
+    units.CutsOthers: ("6-cut_as_masked",),
+    units.ForgetsTheOptimizer: ("6-cut_as_masked",),
+    units.TakesAnyUnits: ("8-units_that_cannot_go",),
+    units.PrunesUnitsOfOthers: ("9-units_of_two_callbacks",),
+}
+
 # What a check may end with: its own assertion, a refusal or none, or a file that cannot be read.
 FOUND = (AssertionError, PruneError, pytest.fail.Exception, pickle.UnpicklingError)
 
-PAIRS = [(kind, CHECKS[name]) for kind, names in MUTATIONS.items() for name in names]
+PAIRS = [(Case(kind=kind), CHECKS[name]) for kind, names in MUTATIONS.items() for name in names]
+PAIRS += [
+    (units.unit_case(kind), CHECKS[name])
+    for kind, names in MUTATIONS_OF_UNITS.items()
+    for name in names
+]
+BROKEN_RANKS = [(Case(kind=kind), row) for kind, row in runs.BROKEN_RANKS.items()]
+BROKEN_RANKS += [(units.unit_case(kind), row) for kind, row in units.BROKEN_RANKS_OF_UNITS.items()]
 
 
 @pytest.mark.parametrize(
-    ("kind", "check"), PAIRS, ids=[f"{kind.__name__}-{check}" for kind, check in PAIRS]
+    ("case", "check"), PAIRS, ids=[f"{case.name}-{check}" for case, check in PAIRS]
 )
 # A broken callback may rightly warn on its way.
 @pytest.mark.filterwarnings("ignore")
-def test_mutation_is_found(kind, check, tmp_path):
-    case = Case(kind=kind)
+def test_mutation_is_found(case, check, tmp_path):
+    assert case.tries(str(check))
     assert case.excused(check) is None
     with pytest.raises(FOUND):
         check.run(case, tmp_path)
@@ -148,12 +167,9 @@ def test_every_check_can_fail():
 
 
 @pytest.mark.parametrize(
-    ("kind", "row"),
-    runs.BROKEN_RANKS.items(),
-    ids=[f"{kind.__name__}-{row}" for kind, row in runs.BROKEN_RANKS.items()],
+    ("case", "row"), BROKEN_RANKS, ids=[f"{case.name}-{row}" for case, row in BROKEN_RANKS]
 )
-def test_mutation_of_ranks_is_found(kind, row, ranks, tmp_path):
-    case = Case(kind=kind)
+def test_mutation_of_ranks_is_found(case, row, ranks, tmp_path):
     look = (
         assert_refuses_drift
         if row == "disturbed"

@@ -37,7 +37,14 @@ class Toy(L.LightningModule):
         overflow_at: The training steps (counted from 0) whose loss is infinite.
         fail_at: The training step that raises.
         seed: Of the initial weights.
+
+    Attributes:
+        optimizer_of_ranks: The optimizer's name where two processes are compared with one.
+        wide_weight: The name of a weight with ``width`` rows that is pruned.
     """
+
+    optimizer_of_ranks = "adamw"
+    wide_weight = "wide.weight"
 
     def __init__(
         self,
@@ -52,19 +59,22 @@ class Toy(L.LightningModule):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.embedding = nn.Embedding(16, 8)
-            self.conv = nn.Conv1d(8, 8, 3, padding=1)
-            self.left = nn.Linear(8, 8, bias=False)
-            self.right = nn.Linear(8, 8, bias=False)
-            self.norm = nn.LayerNorm(8)
-            self.wide = nn.Linear(8, width)
-            self.narrow = nn.Linear(width, 8)
-            self.head = nn.Linear(8, 4)
-        self.right.weight = self.left.weight
+            self.build(width)
         self.batch_norm = nn.BatchNorm1d(8) if batch_norm else nn.Identity()
         self.optimizer = optimizer
         self.overflow_at, self.fail_at = tuple(overflow_at), fail_at
         self.batches_seen = 0
+
+    def build(self, width: int) -> None:
+        self.embedding = nn.Embedding(16, 8)
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+        self.left = nn.Linear(8, 8, bias=False)
+        self.right = nn.Linear(8, 8, bias=False)
+        self.norm = nn.LayerNorm(8)
+        self.wide = nn.Linear(8, width)
+        self.narrow = nn.Linear(width, 8)
+        self.head = nn.Linear(8, 4)
+        self.right.weight = self.left.weight
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         x_BTD = self.embedding(tokens_BT)

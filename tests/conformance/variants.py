@@ -1,0 +1,74 @@
+"""More rows of one class, with other arguments and networks, and what is asked of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.conformance.units import Units
+
+__all__ = ["VARIANTS"]
+
+_SPLIT = "Units over several weights are not put together from shards: refused"
+_CUT = "After the cut no mask is left to look at: see units that are not cut, and"
+_MORE = "tests/trainer/test_structured.py and test_ranks_of_units.py"
+
+
+def _units(variant: str, only: tuple[str, ...], why: str, **changed: Any) -> dict[str, Any]:
+    """A row with heads and neurons, and more arguments."""
+    plain = {"sparsity": 0.5, "start": 2, "end": 8, "every": 2, "units": ["heads", "ffn"]}
+    return {
+        "variant": variant,
+        "defaults": plain | changed,
+        "model": Units,
+        "laws": {"5-fsdp2": _SPLIT},
+        "only": only,
+        "why": f"{why} {_MORE}",
+    }
+
+
+_OF_CUTS = ("1-names_after_a_cut", "2-units_cut", "6-cut_as_masked")
+
+# By the class's name.
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "GradualMagnitudePruning": [
+        _units(
+            "units",
+            (
+                "1-live",
+                "2-every_step_is_logged",
+                "2-units_follow_the_schedule",
+                "2-units_of_any_sparsity",
+                "3-accumulation",
+                "3-checkpoints",
+                "3-skipped_steps",
+                "4-plain_contents",
+                "5-ddp",
+                "5-ddp, accumulation, clipping",
+                "5-disturbed",
+                "5-fsdp2",
+                "6-after_fit",
+                "7-before_it_begins",
+                "8-units_that_cannot_go",
+                "8-weights_that_are_not_finite",
+                "9-units_of_two_callbacks",
+            ),
+            "Masks are applied and counted as those of single weights are, looked at there; see",
+        ),
+        _units(
+            "activation",
+            (
+                "2-units_of_any_sparsity",
+                "3-accumulation",
+                "4-checkpoint_before_an_update",
+                "4-plain_contents",
+                "5-ddp",
+                "6-after_an_exception",
+                "6-after_fit",
+            ),
+            "Only what is seen of activations is new; see",
+            criterion="activation",
+        ),
+        _units("cut", _OF_CUTS, _CUT, compact=True),
+        _units("early", _OF_CUTS, _CUT, compact="early"),
+    ],
+}
