@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
@@ -17,7 +17,8 @@ __all__ = [
     "averages_weights",
     "project_averages",
     "project_checkpoint",
-    "replace_in_checkpoint",
+    "save_as_is",
+    "save_instead",
     "swaps_weights",
 ]
 
@@ -58,21 +59,31 @@ def project_checkpoint(
                 weights[name] = masked(weight, mask.to(weight.device))
 
 
-def replace_in_checkpoint(
-    checkpoint: dict[str, Any], pl_module: L.LightningModule, values: Mapping[int, Tensor]
-) -> None:
-    """Replaces weights in a checkpoint; the live weights are not touched.
+def save_instead(pl_module: L.LightningModule, values: Callable[[], Mapping[int, Tensor]]) -> None:
+    """Replaces weights in every checkpoint; the live weights are not touched.
+
+    A callback's own hook would not be called with ``save_weights_only=True``, the module's is.
 
     Args:
-        checkpoint: Lightning's checkpoint.
-        pl_module: Whose weights they are.
-        values: New values by the parameter's ``id``.
+        pl_module: Whose weights they are; `save_as_is` lets go of it.
+        values: Gives new values by the parameter's ``id``.
     """
-    by_name = _by_name(pl_module, values)
-    weights = checkpoint.get("state_dict", {})
-    for name in weights:
-        if canonical_name(name) in by_name:
-            weights[name] = by_name[canonical_name(name)]
+    plain = pl_module.on_save_checkpoint
+
+    def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
+        by_name = _by_name(pl_module, values())
+        weights = checkpoint.get("state_dict", {})
+        for name in weights:
+            if canonical_name(name) in by_name:
+                weights[name] = by_name[canonical_name(name)]
+        plain(checkpoint)
+
+    vars(pl_module)["on_save_checkpoint"] = on_save_checkpoint
+
+
+def save_as_is(pl_module: L.LightningModule) -> None:
+    """Ends `save_instead`."""
+    vars(pl_module).pop("on_save_checkpoint", None)
 
 
 def _by_name(pl_module: L.LightningModule, given: Mapping[int, Tensor]) -> dict[str, Tensor]:

@@ -157,6 +157,8 @@ class DynamicBatchLoading(L.Callback):
             loader.set_proportions(self._proportions)
         self._proportions = loader.proportions if self._proportions is None else self._proportions
         self._loader = loader
+        if self._updated is not None and self._updated > trainer.global_step:
+            self._updated = None  # of an earlier fit, whose Trainer counted from 0, too
         if self._resumed and self._place.missed(trainer):
             run_validation(trainer)
         self._resumed = False

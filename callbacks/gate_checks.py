@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.errors import refusal
+from lightning_prune.gates.ties import Tie
 from lightning_prune.targets import Target
 
 __all__ = [
@@ -18,13 +19,23 @@ __all__ = [
 ]
 
 
+_UNTOLD = {
+    "sparsity": None,
+    "units": "weights",
+    "min_density": 0.0,
+    "multiple_of": 1,
+    "budget": "parameters",
+}
+
+
 def check_one_budget(
     callback: str,
     sparsity: float | None,
     units: str | list[str],
     target_shape: Mapping[str, int] | None,
+    others: Mapping[str, object],
 ) -> None:
-    """Refuses to be told no size, or two."""
+    """Refuses to be told no size, or two; others are what a shape leaves nothing to say about."""
     if target_shape is None and sparsity is None:
         raise refusal(
             "Gates need a size to come down to",
@@ -33,13 +44,15 @@ def check_one_budget(
             allowed="a number in [0, 1), or a target_shape",
             fix="write sparsity=0.9",
         )
-    if target_shape is not None and (sparsity is not None or units != "weights"):
+    told = {"sparsity": sparsity, "units": units, **others}
+    more = {name: x for name, x in told.items() if x != _UNTOLD[name]}
+    if target_shape is not None and more:
         raise refusal(
             "A target shape says what goes, and how much",
             where=f"{callback}(target_shape=...)",
-            got=f"sparsity={sparsity}, units={units}",
+            got=", ".join(f"{name}={x}" for name, x in more.items()),
             allowed="target_shape alone",
-            fix="leave sparsity and units out",
+            fix=f"leave {' and '.join(more)} out",
         )
 
 
@@ -66,14 +79,19 @@ def check_trainer_of_gates(
         )
 
 
-def check_gradients(callback: str, targets: Sequence[Target]) -> None:
-    """Refuses weights whose gates no gradient would reach."""
-    still = [t.name for t in targets if not t.parameter.requires_grad]
+def check_gradients(
+    callback: str, ties: Mapping[str, Sequence[Tie]], targets: Sequence[Target]
+) -> None:
+    """Refuses gates that stand on frozen weights alone, so that no gradient would reach them."""
+    learning = {t.name for t in targets if t.parameter.requires_grad}
+    gates = [(tie.group, tie.whole, name in learning) for name in ties for tie in ties[name]]
+    reached = {(group, number) for group, number, learns in gates if learns}
+    still = list(dict.fromkeys(group for group, n, _ in gates if (group, n) not in reached))
     if still:
         raise refusal(
             "Gates learn from the gradients of their weights, which frozen weights have not",
             where=still[0] + (f" and {len(still) - 1} more" if len(still) > 1 else ""),
-            got=f"requires_grad=False under {callback}",
+            got=f"requires_grad=False under {callback}, where gates stand",
             allowed="weights that require gradients",
             fix="leave requires_grad on",
         )

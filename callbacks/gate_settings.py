@@ -12,7 +12,7 @@ from lightning_prune.gates.gated import Gating
 
 __all__ = ["GateSettings"]
 
-_CROSSINGS = 20.0  # how far a gate's location can move along the ramp
+_TRAVEL = 20.0  # how far a gate's location can move along the ramp
 _SLOWER = 1000.0  # than gates are multipliers, which act on all gates at once
 
 
@@ -65,12 +65,13 @@ class GateSettings:
                 allowed="'louizos' or 'counted'",
                 fix="leave it out for 'louizos'",
             )
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+        whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
+        if not whole or not 0 <= self.seed < 2**32:
             raise refusal(
                 "A seed is a whole number",
                 where=f"{self.callback}(seed=...)",
                 got=self.seed,
-                allowed="an integer >= 0",
+                allowed="an integer from 0 to 2**32 - 1",
                 fix="leave it out for 0",
             )
 
@@ -97,7 +98,7 @@ class GateSettings:
         return first, first + max(1, length), last
 
     def _rate(self, window: tuple[int, int, int]) -> float:
-        return self.gate_lr or _CROSSINGS / (window[1] - window[0])
+        return self.gate_lr or _TRAVEL / (window[1] - window[0])
 
     def gating(self, window: tuple[int, int, int]) -> Gating:
         """How gates are made and learn in a window of steps."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_prune.allocation import as_allocation
 from lightning_prune.anatomy.networks import network_in
-from lightning_prune.callbacks.averages import averages_weights, replace_in_checkpoint
+from lightning_prune.callbacks.averages import averages_weights, save_as_is, save_instead
 from lightning_prune.callbacks.gate_checks import (
     check_gradients,
     check_locations,
@@ -28,10 +28,10 @@ from lightning_prune.criteria.locations import Locations
 from lightning_prune.followers import Members
 from lightning_prune.gate_budgets import ExpectedSize, budget_of
 from lightning_prune.gates.gated import Gated
-from lightning_prune.gates.places import single_ties, unit_ties
+from lightning_prune.gates.places import Shapes, Ties, single_ties, unit_ties
 from lightning_prune.patterns import as_pattern
 from lightning_prune.schedules import as_schedule
-from lightning_prune.shape_policy import ShapedMembers, ShapePolicy, check_widths
+from lightning_prune.shape_policy import ShapePolicy, shaped
 from lightning_prune.targets import Selection, Target, as_globs
 from lightning_prune.timeline import Timeline
 from lightning_prune.unit_policy import UnitMembers, UnitPolicy
@@ -61,15 +61,15 @@ class HardConcretePruning(StructuredCallback):
         units: "weights", "rows" (outputs of a layer), or kinds of units of a transformers model:
             "heads", "query_heads", "ffn", "hidden", "attention", "mlp", "layers".
         target_shape: How many units of each kind every layer keeps, such as ``{"layers": 15,
-            "heads": 3, "ffn": 768, "hidden": 384}``, in place of ``sparsity`` and ``units``; each
-            kind then has a pair of multipliers.
+            "heads": 3, "ffn": 768, "hidden": 384}``, in place of ``sparsity``, ``units`` and all
+            else that bounds sizes; each kind then has a pair of multipliers.
         targets: Globs that narrow the default selection.
         exclude: Globs of what to leave out.
         min_density: The least density of any one tensor or group, in [0, 1].
         budget: What ``sparsity`` is a fraction of: "parameters", "macs" or "bytes".
         droprate_init: Where gates start, in (0, 1): gates are centred on ``log((1 - d) / d)``.
         gate_lr: Learning rate of the gates' locations, > 0; None = 20 divided by the steps of the
-            ramp, in which a gate can then cross its range three times.
+            ramp, in which a gate can then cross its range twice.
         multiplier_lr: Learning rate of the multipliers, > 0; None = that of the gates. The sign of
             ascent is ours.
         absolute: Whether the multipliers press on the size of the difference instead of the
@@ -97,6 +97,7 @@ class HardConcretePruning(StructuredCallback):
         "3-stochastic_averages": _AVERAGES,
         "3-stochastic_averages_and_fractions": _AVERAGES,
         "4-averages": _AVERAGES,
+        "5-fsdp2": "Gates are not put together from shards: refused",
         "6-after_averaging": _AVERAGES,
         "8-weights_that_are_not_finite": "A weight under gates is rewritten from its raw value",
         "9-alone_or_together": "Gates follow gradients, which depend on what the other prunes",
@@ -128,7 +129,8 @@ class HardConcretePruning(StructuredCallback):
         total_steps: int | None = None,
     ) -> None:
         name = type(self).__name__
-        check_one_budget(name, sparsity, units, target_shape)
+        sizes = {"min_density": min_density, "multiple_of": multiple_of, "budget": budget}
+        check_one_budget(name, sparsity, units, target_shape, sizes)
         units = units if target_shape is None else list(target_shape)
         self.single = units if units in _SINGLE else None
         self.target_shape = target_shape
@@ -175,7 +177,7 @@ class HardConcretePruning(StructuredCallback):
 
     @property
     def gates(self) -> dict[str, Tensor]:
-        """The gates at test time, in [0, 1], by group; none before ``start`` and after ``end``."""
+        """The gates at test time, in [0, 1], by group; none outside of start and end."""
         return {} if self._gated is None else self._gated.certain()
 
     # When ---------------------------------------------------------------------------------------
@@ -187,7 +189,9 @@ class HardConcretePruning(StructuredCallback):
         plain = super().timeline(selection, total_steps, squeeze=squeeze)
         if not plain.updates:
             return plain
-        self._window = self.gating.window(plain.updates[0], plain.last, squeeze=squeeze)
+        window = self.gating.window(plain.updates[0], plain.last, squeeze=squeeze)
+        if self._timeline is None:  # a plan that is made later moves nothing
+            self._window = window
         return Timeline(updates=(plain.last,), values=(plain.final,), initial=plain.initial)
 
     @property
@@ -210,32 +214,28 @@ class HardConcretePruning(StructuredCallback):
     def members(self, model: torch.nn.Module) -> Members:
         """What is selected, and all else that goes with its units; fixes the shape's sparsity."""
         members = super().members(model)
-        shape, layout = self.target_shape, getattr(members, "layout", None)
-        if shape is None or layout is None or not isinstance(members, UnitMembers):
+        if self.target_shape is None or not isinstance(members, UnitMembers):
             return members
-        check_widths(layout.groups, shape, f"{self.name}(target_shape=...)")
-        members = ShapedMembers(
-            selected=members.selected, others=members.others, layout=layout, widths=shape
-        )
+        members = shaped(members, self.target_shape, f"{self.name}(target_shape=...)")
         policy = members.led(self.policy)
         if isinstance(policy, ShapePolicy):
             self.settings = replace(self.settings, sparsity=policy.sparsity(members.selected))
         return members
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses what gates cannot stand on."""
+        """Refuses what gates cannot stand on, and takes over those of an earlier fit."""
         super().on_fit_start(trainer, pl_module)
         self._module = pl_module
         check_trainer_of_gates(self.name, averages_weights(trainer), self._targets, self.sparsity)
-        if self.single:
-            check_gradients(self.name, self._members.selected)
+        if self._removed is None and not self.finished:
+            check_gradients(self.name, self._places()[0], self._targets)
+        if self._gated is not None:  # its parameters may lie elsewhere now, and hold other weights
+            self._make_gates(self._gated.carried({t.name: t.local for t in self._targets}))
+        save_instead(pl_module, self._saved)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lays the ramp onto the run."""
-        old = self._gated  # of an earlier fit, whose parameters may lie elsewhere now
         super().on_train_start(trainer, pl_module)
-        if old is not None and old is self._gated:
-            self._make_gates(old.state_dict())
         self._begin_if_due()
 
     def _begin_if_due(self) -> None:
@@ -245,12 +245,14 @@ class HardConcretePruning(StructuredCallback):
                 self._make_gates()
             self._show()
 
-    def _make_gates(self, state: Mapping[str, Any] | None = None) -> None:
+    def _places(self) -> tuple[Ties, Shapes]:
         if self._layout is None or self._module is None:
-            ties, shapes = single_ties(self._members.selected, rows=self.single == "rows")
-        else:
-            network, layout = network_in(self._module)[1], self._layout
-            ties, shapes = unit_ties(network, layout.anatomy, layout.groups)
+            return single_ties(self._members.selected, rows=self.single == "rows")
+        network = network_in(self._module)[1]
+        return unit_ties(network, self._layout.anatomy, self._layout.groups)
+
+    def _make_gates(self, state: Mapping[str, Any] | None = None) -> None:
+        ties, shapes = self._places()
         parameters = {t.name: t.local for t in self._targets if t.name in ties}
         self._size = ExpectedSize(lambda: self.policy, self._members.selected)
         multipliers = partial(self.gating.multipliers, self._window)
@@ -333,7 +335,8 @@ class HardConcretePruning(StructuredCallback):
         gated.show(gated.folded())
         self._scores.given = gated.locations
         if isinstance(self.policy, UnitPolicy):
-            self.policy = replace(self.policy, given=gated.open_probabilities)
+            given = {name: p.cpu() for name, p in gated.open_probabilities.items()}
+            self.policy = replace(self.policy, given=given)
         super()._update(sparsity)
         self._forget()
 
@@ -357,24 +360,17 @@ class HardConcretePruning(StructuredCallback):
     def _release(self) -> None:
         if self._gated is not None and self._module is not None:
             self._show(self._gated.certain())
+        if self._module is not None:
+            save_as_is(self._module)
         self._module = None
         super()._release()
 
     # State --------------------------------------------------------------------------------------
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Writes weights under the gates at test time; the raw ones are in the callback's state."""
-        super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        if self._gated is not None:
-            gates = self._gated.certain()
-            values = {
-                id(t.parameter): self._gated.value(t.name, gates)
-                for t in self._targets
-                if t.name in self._gated.raw
-            }
-            replace_in_checkpoint(checkpoint, pl_module, values)
+    def _saved(self) -> dict[int, Tensor]:
+        """Weights under the gates at test time, by ``id``; the raw ones are in the state."""
+        values = {} if self._gated is None else self._gated.values(self._gated.certain())
+        return {id(t.parameter): values[t.name] for t in self._targets if t.name in values}
 
     def state_dict(self) -> dict[str, Any]:
         """The masks' state, and that of the gates while they are at work."""
@@ -389,12 +385,14 @@ class HardConcretePruning(StructuredCallback):
         super()._restore(state)
         first, top, last = state["window"]
         self._window = (first, top, last)
+        if self.target_shape is not None:  # a model that was cut does not tell its share any more
+            self.settings = replace(self.settings, sparsity=self._resolved().final)
         self._forget()
         if "gated" in state:
             self._make_gates(state["gated"])
 
     def _asked(self) -> dict[str, str]:
-        return super()._asked() | {
-            "gates": self.single or str(self.target_shape or "units"),
-            **self.gating.said(),
-        }
+        asked = super()._asked() | {"gates": self.single or str(self.target_shape or "units")}
+        if self.target_shape is not None:
+            del asked["sparsity"]  # which follows from it
+        return asked | self.gating.said()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,6 +20,7 @@ __all__ = [
 
 # How far from 1 given proportions may add up: those in papers are rounded.
 _TOLERANCE = 1e-6
+_TINY = sys.float_info.min
 
 
 @runtime_checkable
@@ -159,7 +161,8 @@ def next_proportions(
         for w, d in zip(proportions, differences, strict=True)
     ]
     highest = max(logits)
-    shares = [math.exp(x - highest) for x in logits]
+    # what was drawn at all can still come back, also without a floor
+    shares = [max(math.exp(x - highest), _TINY) if x > -math.inf else 0.0 for x in logits]
     total, count = math.fsum(shares), len(shares)
     smoothed = [(1 - floor) * share / total + floor / count for share in shares]
     total = math.fsum(smoothed)

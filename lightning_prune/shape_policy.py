@@ -15,20 +15,28 @@ from lightning_prune.policy import Policy
 from lightning_prune.targets import Target
 from lightning_prune.unit_policy import UnitMembers, UnitPolicy
 
-__all__ = ["ShapePolicy", "ShapedMembers", "check_widths"]
+__all__ = ["ShapePolicy", "ShapedMembers", "shaped"]
 
 
-def check_widths(groups: Sequence[Group], widths: Mapping[str, int], where: str) -> None:
-    """Refuses widths that a network does not have.
+def shaped(members: UnitMembers, widths: Mapping[str, int], where: str) -> ShapedMembers:
+    """The same members, which come down to widths.
 
     Args:
-        groups: All groups whose units may go.
+        members: Units of these kinds.
         widths: How many units of each kind stay, in every layer.
         where: Who asks.
 
     Raises:
         PruneError: If a width is out of range.
     """
+    if members.layout is not None:
+        _check_widths(members.layout.groups, widths, where)
+    return ShapedMembers(
+        selected=members.selected, others=members.others, layout=members.layout, widths=widths
+    )
+
+
+def _check_widths(groups: Sequence[Group], widths: Mapping[str, int], where: str) -> None:
     for group in groups:
         asked = widths[group.kind]
         number = isinstance(asked, int) and not isinstance(asked, bool)

@@ -26,11 +26,13 @@ class Locations:
         self.given: Mapping[str, Tensor] = {}
 
     def score(self, target: Target) -> Tensor:
-        """The locations; weights that are zero score lowest, and so do all without gates."""
+        """The locations; weights and rows that are zero score lowest."""
         weight = target.local
         location = self.given.get(target.name)
-        if location is None:
-            return torch.full_like(weight, -torch.inf, dtype=torch.float32)
+        if location is None:  # an empty weight, which has no gates
+            return torch.empty(0, device=weight.device)
+        zero = weight == 0
         if location.shape != weight.shape:
-            return location
-        return location.masked_fill(weight == 0, -torch.inf)
+            rows = 1 if target.layout == "transposed" else 0
+            zero = zero.movedim(rows, 0).flatten(1).all(1)
+        return location.masked_fill(zero, -torch.inf)

@@ -25,7 +25,7 @@ def expected_share(costs: Mapping[str, float]) -> Callable[[Mapping[str, Tensor]
     total = sum(costs.values())
 
     def measure(open_: Mapping[str, Tensor]) -> Tensor:
-        parts = [open_[name].mean().cpu() * (cost / total) for name, cost in costs.items()]
+        parts = [open_[name].mean() * (cost / total) for name, cost in costs.items()]
         return torch.stack(parts).sum()[None]
 
     return measure
@@ -69,8 +69,8 @@ class Budget:
         """
         leaves = {n: p.detach().clone().requires_grad_() for n, p in open_.items()}
         share = self.measure(leaves)
-        over = share.detach().float() - (1 - progress * (1 - self.final.to(share.device).float()))
-        slope = self.multipliers.slope(over.cpu()).to(share) * self.gates.to(share)
+        over = share.detach().float().cpu() - (1 - progress * (1 - self.final.float()))
+        slope = self.multipliers.slope(over).to(share) * self.gates.to(share)
         found = torch.autograd.grad((share * slope).sum(), list(leaves.values()), allow_unused=True)
         self.multipliers.ascend(over)
         return {n: g for n, g in zip(leaves, found, strict=True) if g is not None}

@@ -121,16 +121,17 @@ class Gated:
 
     # What the network runs with -----------------------------------------------------------------
 
-    def show(self, gates: Mapping[str, Tensor], names: Sequence[str] | None = None) -> None:
-        """Writes ``raw * factor`` into parameters; None = all of them."""
+    def show(self, gates: Mapping[str, Tensor]) -> None:
+        """Writes ``raw * factor`` into the parameters."""
         self._shown = dict(gates)
-        for name in self._parameters if names is None else names:
-            raw = self.raw[name]
-            by = factor(self._ties[name], gates, raw.shape)
-            self._parameters[name].copy_(raw * by.to(raw.dtype))
+        for name, parameter in self._parameters.items():
+            parameter.copy_(self._product(name, gates))
 
-    def value(self, name: str, gates: Mapping[str, Tensor]) -> Tensor:
-        """What `show` would write into one parameter."""
+    def values(self, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `show` would write, by parameter name."""
+        return {name: self._product(name, gates) for name in self.raw}
+
+    def _product(self, name: str, gates: Mapping[str, Tensor]) -> Tensor:
         raw = self.raw[name]
         return raw * factor(self._ties[name], gates, raw.shape).to(raw.dtype)
 
@@ -203,6 +204,20 @@ class Gated:
                 for x in self.locations.values()
             ],
         }
+
+    def carried(self, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The state for gates on these parameters; what they hold anew is their raw value.
+
+        Args:
+            parameters: By name; those that were not written to hold the weights at test time.
+        """
+        state, shown = self.state_dict(), self.values(self.certain())
+        state["raw"] = {
+            n: raw
+            for n, raw in state["raw"].items()
+            if torch.equal(parameters[n].to(raw.device), shown[n])
+        }
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Puts them back; parameters are not written."""

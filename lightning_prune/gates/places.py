@@ -13,7 +13,9 @@ from lightning_prune.errors import refusal
 from lightning_prune.gates.ties import Tie
 from lightning_prune.targets import Target
 
-__all__ = ["single_ties", "unit_ties"]
+__all__ = ["Shapes", "Ties", "single_ties", "unit_ties"]
+
+_KINDS = ("heads", "query_heads", "ffn", "hidden", "attention", "mlp", "layers")
 
 Ties = dict[str, tuple[Tie, ...]]
 Shapes = dict[str, tuple[int, ...]]
@@ -86,7 +88,7 @@ def unit_ties(
                 "Nothing that a gate could stand at for this kind of unit",
                 where=f"units=['{group.kind}'], {group.name}",
                 got=f"family {anatomy.family}",
-                allowed="'heads', 'query_heads', 'ffn', 'hidden', 'attention', 'mlp', 'layers'",
+                allowed=", ".join(repr(kind) for kind in _KINDS if kind != group.kind),
                 fix="leave this kind out",
             )
     return (

@@ -144,8 +144,9 @@ def test_a_second_fit_goes_on_with_its_proportions():
     ours = dynamic()
     fit(Net(), Data(), ours)
     reached, data = ours.proportions, Data()
-    fit(Net(), data, ours, max_steps=1, max_epochs=1, check_val_every_n_epoch=2)
-    assert data.loader.proportions == reached == ours.proportions
+    for every, same in ((2, True), (1, False)):  # epochs: without a validation, and with one
+        fit(Net(), data, ours, max_epochs=1, check_val_every_n_epoch=every)
+        assert [p == reached for p in (data.loader.proportions, ours.proportions)] == [same] * 2
 
 
 def test_fast_dev_run_makes_an_update():

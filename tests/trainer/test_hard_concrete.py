@@ -226,6 +226,94 @@ def test_a_target_shape_is_met_in_every_layer_and_loads_with_stock_code(tmp_path
     assert torch.equal(stock(tokens).logits, module.net(tokens).logits)
 
 
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_every_kind_of_checkpoint_has_the_gates_at_test_time(tmp_path, weights_only):
+    model = Toy()
+    callback = HardConcretePruning(sparsity=0.5, start=0, end=8, gate_lr=1.0, units="rows")
+    differ = []
+
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if callback._gated is not None:
+                trainer.save_checkpoint(tmp_path / "c.ckpt", weights_only=weights_only)
+                saved = torch.load(tmp_path / "c.ckpt", weights_only=True)["state_dict"]
+                values = callback._gated.values(callback._gated.certain())
+                assert all(torch.equal(saved[n], value) for n, value in values.items())
+                live = weights(model)
+                differ.append(any(not torch.equal(live[n], saved[n]) for n in values))
+
+    train(model, callback, Save())
+    assert any(differ), "live weights are under sampled gates"
+    assert "on_save_checkpoint" not in vars(model)
+
+
+def test_a_shape_that_was_cut_early_resumes(tmp_path):
+    def shaped() -> HardConcretePruning:
+        shape = {"ffn": 10, "heads": 1}
+        return HardConcretePruning(target_shape=shape, start=1, end=6, gate_lr=1.0, compact="early")
+
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == 8:
+                trainer.save_checkpoint(tmp_path / "c.ckpt")
+
+    whole, resumed, last = Module(make=llama), Module(make=llama, seed=1), shaped()
+    train(whole, shaped(), Save())
+    train(resumed, last, ckpt_path=tmp_path / "c.ckpt")
+    mine, other = weights(resumed), weights(whole)
+    assert all(torch.equal(mine[n], other[n]) for n in other)
+    assert 0 < last.sparsity < 1
+
+
+@pytest.mark.parametrize("sanity", [0, 1])
+def test_a_second_fit_takes_over_gates_and_weights_that_were_loaded_since(sanity):
+    model, other, seen = Toy(fail_at=4), Toy(seed=5), {}
+    callback = HardConcretePruning(sparsity=0.5, start=0, end=8, gate_lr=1.0)
+    with pytest.raises(RuntimeError, match="asked to fail"):
+        train(model, callback)
+    moved = copied(callback._gated.locations)
+    with torch.no_grad():
+        model.wide.weight.copy_(other.wide.weight)
+    kept = callback._gated.raw["narrow.weight"].clone()
+
+    class First(L.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            if not seen:
+                seen.update(copied(callback._gated.raw))
+                assert all(torch.equal(x, moved[n]) for n, x in callback._gated.locations.items())
+
+    train(model, callback, First(), validate=True, num_sanity_val_steps=sanity)
+    assert torch.equal(seen["wide.weight"], other.wide.weight)
+    assert torch.equal(seen["narrow.weight"], kept)
+    assert callback.finished
+
+
+def test_a_plan_in_mid_run_moves_nothing():
+    callback, seen = HardConcretePruning(sparsity=0.5, gate_lr=1.0), []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            seen.append(callback._window)
+            lightning_prune.plan(Toy(), callback, 1000)
+
+    train(Toy(), callback, Look())
+    assert len(set(seen)) == 1
+
+
+def test_rows_of_zeros_go_first_and_empty_weights_have_no_gates():
+    model = Toy(optimizer="still")
+    model.empty = nn.Linear(1, 4)
+    model.empty.weight = nn.Parameter(torch.empty(4, 0))
+    with torch.no_grad():
+        model.wide.weight[4:8] = 0
+    wanted = {"sparsity": 0.25, "start": 0, "end": 8, "targets": ["wide", "empty"]}
+    for units in ("rows", "weights"):
+        callback = HardConcretePruning(units=units, **wanted)
+        train(model, callback)
+        gone = ~callback.masks["wide.weight"].any(1)
+        assert gone.nonzero().flatten().tolist() == [4, 5, 6, 7]
+
+
 def test_gates_find_the_inputs_that_matter():
     """Twelve of sixteen columns are noise: exactly these are pruned."""
 
@@ -267,7 +355,7 @@ def test_what_cannot_be_asked_of_gates_is_refused():
             HardConcretePruning(0.5, ramp=ramp)
     with refused(where="test_gate", got="cofi", allowed="'counted'"):
         HardConcretePruning(0.5, test_gate="cofi")
-    for seed in (-1, 1.5, True):
+    for seed in (-1, 1.5, True, 2**32):
         with refused(where="seed", got=str(seed)):
             HardConcretePruning(0.5, seed=seed)
     with refused(where="sparsity", got="None", allowed="target_shape"):
@@ -276,6 +364,9 @@ def test_what_cannot_be_asked_of_gates_is_refused():
         HardConcretePruning(0.5, target_shape={"ffn": 2})
     with refused(where="target_shape", got="heads"):
         HardConcretePruning(units=["heads"], target_shape={"ffn": 2})
+    for name, value in (("multiple_of", 8), ("min_density", 0.5), ("budget", "macs")):
+        with refused(where="target_shape", got=f"{name}={value}", fix=f"leave {name} out"):
+            HardConcretePruning(target_shape={"ffn": 2}, **{name: value})
 
 
 def test_what_a_run_cannot_do_is_refused_before_the_first_batch():
@@ -290,8 +381,13 @@ def test_what_a_run_cannot_do_is_refused_before_the_first_batch():
     frozen.wide.weight.requires_grad_(False)
     gates = HardConcretePruning(0.5, targets=["wide.weight", "narrow"])
     refuses(frozen, gates, where="wide.weight", fix="requires_grad")
-    kinds = HardConcretePruning(0.5, units=["head_dims"], start=0)
+    kinds = HardConcretePruning(0.5, units=["head_dims"], start=5)  # not only when gates begin
     refuses(Module(), kinds, where="head_dims", allowed="'heads'")
+    deaf = Module()  # queries train, but not what the gates of heads stand on
+    for name, parameter in deaf.named_parameters():
+        parameter.requires_grad_("attention.output.dense" not in name)
+    heads = HardConcretePruning(0.2, units=["heads"])
+    refuses(deaf, heads, where="layers.0.heads and 2 more", fix="requires_grad")
     for shape in ({"ffn": 25}, {"ffn": 0}, {"ffn": 2.0}, {"heads": True}):
         given = HardConcretePruning(target_shape=shape)
         refuses(Module(), given, where="target_shape", allowed="integer from 1 to")

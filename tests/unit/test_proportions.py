@@ -55,11 +55,14 @@ def test_no_domain_falls_below_the_floor_whatever_the_losses():
     assert math.fsum(weights) == pytest.approx(1, abs=1e-15)
 
 
-def test_without_a_floor_a_domain_may_vanish_and_nothing_breaks():
+def test_without_a_floor_a_domain_all_but_vanishes_and_a_loader_still_takes_it():
     weights = [0.5, 0.5]
     for _ in range(3):
         weights = next_proportions(weights, [2000.0, 1.0], [1.0, 1.0], floor=0)
-    assert weights == [1.0, 0.0]
+    assert weights[0] == 1.0
+    assert 0 < weights[1] < 1e-300
+    given = dict(zip("ab", weights, strict=True))
+    assert as_proportions(given, ["a", "b"], "here") == weights
 
 
 def test_given_proportions_are_put_in_order():

@@ -82,13 +82,13 @@ def test_a_closed_gate_silences_its_unit(make, kind):
 
 
 def test_single_gates_stand_on_weights_or_on_rows():
-    class Transposed(torch.nn.Module):
+    class Layers(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.linear = torch.nn.Linear(3, 2)
             self.conv = torch.nn.Conv1d(3, 4, 2)
 
-    targets = select(Transposed()).targets
+    targets = select(Layers()).targets
     ties, shapes = single_ties(targets, rows=False)
     assert shapes == {"linear.weight": (2, 3), "conv.weight": (4, 3, 2)}
     ties, shapes = single_ties(targets, rows=True)
@@ -106,3 +106,13 @@ def test_units_without_an_end_of_their_own_are_refused():
     anatomy = survey(network)
     with refused(where="head_dims", allowed="'heads'", fix="leave this kind out"):
         unit_ties(network, anatomy, anatomy.of("head_dims"))
+
+
+def test_rows_of_transposed_layers_are_their_outputs():
+    from transformers.pytorch_utils import Conv1D
+
+    ties, shapes = single_ties(select(torch.nn.Sequential(Conv1D(4, 3))).targets, rows=True)
+    assert shapes == {"0.weight": (4,)}
+    gates = {"0.weight": torch.tensor([1.0, 0.5, 0.0, 2.0])}
+    by = factor(ties["0.weight"], gates, (3, 4))
+    assert torch.equal(by.expand(3, 4)[1], gates["0.weight"])
