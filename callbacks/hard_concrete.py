@@ -251,7 +251,7 @@ class HardConcretePruning(StructuredCallback):
         network = network_in(self._module)[1]
         return unit_ties(network, self._layout.anatomy, self._layout.groups)
 
-    def _make_gates(self, state: Mapping[str, Any] | None = None) -> None:
+    def _make_gates(self, state: Mapping[str, Any] | None = None) -> Gated:
         ties, shapes = self._places()
         parameters = {t.name: t.local for t in self._targets if t.name in ties}
         self._size = ExpectedSize(lambda: self.policy, self._members.selected)
@@ -260,6 +260,7 @@ class HardConcretePruning(StructuredCallback):
         self._gated = Gated(self.gating.gating(self._window), parameters, ties, shapes, budget)
         if state is not None:
             self._gated.load_state_dict(state)
+        return self._gated
 
     # Training -----------------------------------------------------------------------------------
 
@@ -273,7 +274,8 @@ class HardConcretePruning(StructuredCallback):
 
     def _show(self, gates: Mapping[str, Tensor] | None = None) -> None:
         """Puts gates into the network; None = those of the step."""
-        assert self._gated is not None
+        if self._gated is None:
+            return
         shown = self._gated.sampled(self.step) if gates is None else gates
         self._gated.show(shown)
         self._opened.clear()
@@ -324,10 +326,7 @@ class HardConcretePruning(StructuredCallback):
 
     def _update(self, sparsity: float) -> None:
         """Prunes what is most likely closed, and folds the other gates into the weights."""
-        if self._gated is None:
-            self._make_gates()
-        gated = self._gated
-        assert gated is not None
+        gated = self._gated or self._make_gates()
         for name in gated.raw:
             gated.open(name)
         self.policy.check_finite(self._members.ranked, self._shards)

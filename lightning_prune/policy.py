@@ -19,7 +19,7 @@ from lightning_prune.errors import refusal
 from lightning_prune.masks import MaskSet
 from lightning_prune.patterns import Pattern, Unstructured
 from lightning_prune.targets import Target
-from lightning_prune.threshold import Candidates, order_keys, take
+from lightning_prune.threshold import Candidates, Reader, order_keys, take
 
 __all__ = ["Policy"]
 
@@ -170,20 +170,13 @@ class Policy:
             return given if by_unit[i] else pattern.unit_scores(targets[i], given)
 
         straight = _straight(criterion) if alone else None
+        flat = straight if _lie_flat(targets) else None
 
         def keys(i: int, where: slice) -> Tensor:
             if straight is None:
                 return order_keys(scores(i))[where]
             part = targets[i].local.reshape(-1)[where].contiguous()
             return straight.order_keys(part.double() if wide else part.float())
-
-        def reader(i: int) -> Callable[[int, np.ndarray], object]:
-            assert straight is not None
-            flat = targets[i].local.reshape(-1)
-            values = (flat.double() if wide else flat.float()).numpy()
-            return lambda start, out: straight.write_order_keys(
-                values[start : start + len(out)], out
-            )
 
         def pruned(i: int) -> Tensor:
             return ~pattern.unit_mask(targets[i], masks[targets[i].name])
@@ -216,7 +209,7 @@ class Policy:
             scores=scores,
             candidates=Candidates(
                 keys=keys,
-                reader=reader if straight and _lie_flat(targets) else None,
+                reader=_reader(flat, targets, wide) if flat else None,
                 pruned=pruned,
                 sizes=[t.local.numel() // n for t, n in zip(targets, sizes, strict=True)],
                 costs=[n * self.cost(t) for t, n in zip(targets, sizes, strict=True)],
@@ -267,6 +260,17 @@ def _straight(criterion: Criterion) -> Keyed | None:
         if "score" in vars(kind):
             return None
     return None
+
+
+def _reader(criterion: Keyed, targets: Sequence[Target], wide: bool) -> Reader:
+    """What reads parts of a weight's keys."""
+
+    def reader(i: int) -> Callable[[int, np.ndarray], object]:
+        flat = targets[i].local.reshape(-1)
+        values = (flat.double() if wide else flat.float()).numpy()
+        return lambda start, out: criterion.write_order_keys(values[start : start + len(out)], out)
+
+    return reader
 
 
 def _lie_flat(targets: Sequence[Target]) -> bool:

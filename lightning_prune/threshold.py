@@ -21,6 +21,8 @@ from lightning_prune.distributed import Shards
 
 __all__ = ["Candidates", "Quota", "order_keys", "smallest", "take"]
 
+Reader = Callable[[int], Callable[[int, np.ndarray], object]]
+
 _SAMPLE = 1 << 16
 _BINS = 1 << 14
 _PIECE = 1 << 18
@@ -122,7 +124,7 @@ class Candidates:
     sizes: Sequence[int]
     costs: Sequence[int]
     sharded: Sequence[bool]
-    reader: Callable[[int], Callable[[int, np.ndarray], object]] | None = None
+    reader: Reader | None = None
     shards: Shards = field(default_factory=Shards)
 
     def all_keys(self, i: int) -> Tensor:
@@ -220,7 +222,7 @@ def _bracketed(units: Candidates, members: Sequence[int], budget: int) -> _Searc
             base[i] = int(torch.count_nonzero(keys < lo))
             inside[i] = keys[(keys >= lo) & (keys <= hi)]
     else:
-        near = _look(units, members, lo, hi)
+        near = _look(units, units.reader, members, lo, hi)
         inside = {i: seen.keys for i, seen in near.items()}
         base = {i: seen.under for i, seen in near.items()}
     upto = {i: base[i] + len(inside[i]) for i in members}
@@ -236,14 +238,15 @@ def _bracketed(units: Candidates, members: Sequence[int], budget: int) -> _Searc
     return None
 
 
-def _look(units: Candidates, members: Sequence[int], lo: int, hi: int) -> dict[int, _Near]:
+def _look(
+    units: Candidates, reader: Reader, members: Sequence[int], lo: int, hi: int
+) -> dict[int, _Near]:
     """What lies under, in and over a bracket, in one pass, a tensor a thread.
 
     With NumPy, which is several times faster on pieces of a cache's size; and in memory that is
     taken once: mapping fresh pages would take longer than the comparisons.
     """
-    assert units.reader is not None
-    reader, local = units.reader, threading.local()
+    local = threading.local()
     longest = max(_piece(units.sizes[i]) for i in members)
     kind = units.keys(members[0], slice(0, 0)).numpy().dtype
 

@@ -75,7 +75,7 @@ class _Gates:
         self.settings = settings
         self.entries = torch.full_like(like, settings.init, dtype=torch.float32)
         self.whole = torch.full((), settings.init, device=like.device)
-        self.drawn: Tensor | None = None  # the entries' gates of this step
+        self.drawn = torch.empty(0)  # the entries' gates of this step
         self.drawn_whole: Tensor = torch.ones_like(self.whole)
         self._learned = {"entries": self.entries}
         if settings.tensor_gates:
@@ -112,7 +112,6 @@ class _Gates:
             The gates that were drawn, which the difference's gradient is multiplied by.
         """
         gate, each = self.settings.gate, self.drawn
-        assert each is not None
         if not self.settings.tensor_gates:
             self.entries.grad = (product * slope_at(gate, each)).float()
             return each
@@ -136,7 +135,7 @@ class _Gates:
 
     def discard(self) -> None:
         """Forgets gradients and what was drawn."""
-        self.drawn = None
+        self.drawn = torch.empty(0)
         for location in self._learned.values():
             location.grad = None
 
@@ -226,8 +225,8 @@ class Differences:
     def draw(self, target: Target, step: int) -> None:
         """Writes the weights with gates drawn for this step."""
         part = self._parts[target.name]
-        assert part.gates is not None
-        part.write(part.weights(part.gates.draw(target, step)), "drawn")
+        if part.gates is not None:
+            part.write(part.weights(part.gates.draw(target, step)), "drawn")
 
     def open(self, target: Target, gradient: Tensor | None, scale: float, shards: Shards) -> None:
         """Turns a gradient in the parameter into one in its difference, and puts that in its place.
@@ -370,8 +369,8 @@ class Differences:
             if masks is None:
                 part.base.copy_(local(saved["base"]))
                 part.values.copy_(local(saved["difference"]))
-                assert part.gates is not None
-                part.gates.load_state_dict(saved, local)
+                if part.gates is not None:
+                    part.gates.load_state_dict(saved, local)
             else:
                 kept = whole(name, masks[name])
                 for key, into in (("base", part.base), ("difference", part.values)):

@@ -61,7 +61,8 @@ def unit_ties(
     """The ties of every parameter that gates of units multiply.
 
     Heads and neurons: the weight that leads from them back to the stream. Sub-layers and layers:
-    the last weights and biases in them. Channels: all that writes to the stream, and the norms.
+    the last weights and biases in them. Channels: the norms, and where these do not count what is
+    closed, all that writes to the stream.
 
     Args:
         network: The transformers model that was surveyed.
@@ -103,21 +104,35 @@ def _ends(group: Group) -> tuple[Part, ...]:
 
 
 def _writers(network: nn.Module, group: Group) -> tuple[Part, ...]:
-    """Norms, biases, and the sides of weights that write to the stream."""
+    """What stands for the stream's channels.
+
+    LayerNorms that count only open channels: all that is read has passed one, so that they are
+    enough. Elsewhere a closed channel must be silent: norms, biases, and the sides of weights that
+    write to the stream.
+    """
     modules = dict(network.named_modules())
+    owners = {part.tensor: modules[part.tensor.rpartition(".")[0]] for part in group.parts}
+    norms = {name for name, owner in owners.items() if isinstance(owner, nn.LayerNorm)}
+    plain = (nn.LayerNorm, nn.Linear, nn.Embedding)
+    others = [o for o in owners.values() if not isinstance(o, plain) and _is_norm(o)]
+    if norms and not others:
+        return tuple(part for part in group.parts if part.tensor in norms)
 
     def writes(part: Part) -> bool:
-        path, _, leaf = part.tensor.rpartition(".")
-        module = modules[path]
+        module = owners[part.tensor]
         if isinstance(module, nn.Embedding):
             return part.dim == 1
-        shape = getattr(module, leaf).shape
-        if len(shape) == 1:
+        if network.get_parameter(part.tensor).dim() == 1:
             return True
         out = 1 if type(module).__name__ == "Conv1D" else 0  # transformers' transposed Linear
         return part.dim == out
 
     return tuple(part for part in group.parts if writes(part))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether all parameters of a module are vectors."""
+    return all(p.dim() == 1 for p in module.parameters(recurse=False))
 
 
 def _units(part: Part, size: int) -> Tensor:

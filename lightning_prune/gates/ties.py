@@ -31,12 +31,11 @@ class Tie:
 
     group: str
     dim: int | None = None
-    unit: Tensor | None = field(default=None, repr=False)
+    unit: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64), repr=False)
     whole: int | None = None
 
     def entries(self, gates: Mapping[str, Tensor]) -> Tensor:
         """The gate of each entry of ``dim``, 1 where there is none."""
-        assert self.unit is not None
         gate = gates[self.group]
         padded = torch.cat([gate, torch.ones_like(gate[:1])])
         return padded[self.unit.to(gate.device)]
@@ -100,7 +99,6 @@ def gate_gradients(
                 [t.entries(gates) for t in others if t.dim == tie.dim], torch.ones_like(scale)
             )
             by_entry = _contracted(product, vectors, tie.dim) * rest * scale
-            assert tie.unit is not None
             slope = torch.zeros(len(gates[tie.group]) + 1, device=product.device)
             slope.index_add_(0, tie.unit.to(product.device) % len(slope), by_entry)
             slope = slope[:-1]

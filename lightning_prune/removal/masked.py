@@ -108,10 +108,17 @@ def _count_kept(mask: Tensor) -> Callable[..., Tensor | None]:
     def hook(module: nn.LayerNorm, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if bool(mask.all()):
             return None
-        kept = mask.nonzero().flatten().to(output.device)
-        weight = None if module.weight is None else module.weight[kept]
-        bias = None if module.bias is None else module.bias[kept]
-        part = F.layer_norm(given[0][..., kept], (len(kept),), weight, bias, module.eps)
-        return torch.zeros_like(output).index_copy(output.dim() - 1, kept, part.to(output.dtype))
+        x = given[0] if given[0].dtype == torch.float64 else given[0].float()
+        kept = mask.to(x)
+        share = kept.mean()
+        # with their mean in place of the others, all channels have the mean of those that are left,
+        # and their variance times the share of them
+        filled = torch.where(mask.to(x.device), x, (x @ kept / kept.sum())[..., None])
+        weight = (
+            kept * share.sqrt() if module.weight is None else module.weight * share.sqrt() * kept
+        )
+        bias = None if module.bias is None else module.bias * kept
+        y = F.layer_norm(filled, kept.shape, weight, bias, module.eps * float(share))
+        return y.to(output.dtype)
 
     return hook

@@ -253,11 +253,15 @@ def test_the_base_stays_to_the_bit(optimizer):
     assert not same_bits(model.head.weight.detach(), watch.base["head.weight"])
 
 
-class Restless(torch.optim.SGD):
-    """Moves every entry at every step, whatever its gradient and its moments."""
+class Restless(torch.optim.Optimizer):
+    """Moves every entry at every step, whatever its gradient."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
 
     def step(self, closure: Any = None) -> Any:
-        loss = super().step(closure)
+        with torch.enable_grad():
+            loss = closure()
         with torch.no_grad():
             for group in self.param_groups:
                 for parameter in group["params"]:
@@ -268,7 +272,7 @@ class Restless(torch.optim.SGD):
 def test_the_base_stays_under_an_optimizer_that_moves_everything():
     class Moved(Toy):
         def configure_optimizers(self) -> Any:
-            return Restless(self.parameters(), lr=0.1)
+            return Restless(self.parameters())
 
     callback = DiffPruning(0.9, end=4)
     watch = Leaving(callback)
