@@ -95,8 +95,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         "| sparsity | gates | distilled | zero | accuracy | parameters | speed-up, batch 1 | 32 |",
         "|---" * 8 + "|",
     ]
-    order = lambda r: (r["sparsity"], r["units"] != "fine", DISTILLED.index(r["distilled"]))  # noqa: E731
-    for r in sorted(rows, key=order):
+    rows = sorted(rows, key=lambda r: DISTILLED.index(r["distilled"]))
+    for r in sorted(rows, key=lambda r: (r["sparsity"], r["units"] != "fine")):
         model = r["latency"]["models"][1]
         speed = {b["batch"]: b["speedup"] for b in model["batches"]}
         lines.append(

@@ -73,8 +73,8 @@ class DiffPruning(MaskCallback):
         "3-stochastic_averages": "Looks for zero weights, not differences: test_diff_pruning.py",
         "3-checkpoints": "Looks for zero weights, not differences: see test_diff_pruning.py",
         5: "Looks for zero weights, not differences: see test_diff_pruning_ranks.py",
-        "8-globs": "Norms are selected by default here: see test_diff_pruning.py",
-        "9-two_callbacks": "Biases are selected with their weights here: see test_diff_pruning.py",
+        "8-globs": "Norms are selected by default here: see test_diff_runs.py",
+        "9-two_callbacks": "Biases are selected with their weights here: see test_diff_runs.py",
         "9-frozen_and_asked_for": "A frozen parameter has no difference to learn: refused",
         "9-low_rank_adapters": "A frozen base under LoRA has no difference to learn: refused",
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -108,13 +108,5 @@ class ShapedMembers(UnitMembers):
         plain = UnitMembers.led(self, policy)
         if not isinstance(plain, UnitPolicy):
             return plain
-        return ShapePolicy(
-            criterion=plain.criterion,
-            pattern=plain.pattern,
-            allocation=plain.allocation,
-            min_density=plain.min_density,
-            costs=plain.costs,
-            layout=plain.layout,
-            everything=plain.everything,
-            widths=self.widths,
-        )
+        same = {f.name: getattr(plain, f.name) for f in fields(plain)}
+        return ShapePolicy(**same, widths=self.widths)
