@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_prune.distributed import Shards
 from lightning_prune.errors import refusal
+from lightning_prune.flags import count_true
 from lightning_prune.targets import Target
 
 __all__ = ["MaskSet", "pack", "pruned_fraction", "unpack", "zero_fraction"]
@@ -86,13 +86,13 @@ class MaskSet(Mapping[str, Tensor]):
             )
         old.copy_(mask)  # in place: new masks between freed scores would split the heap
         self._kept.pop(name, None)
+        if mask.device.type == "cpu":  # while a cache holds it
+            self.kept(name)
 
     def kept(self, name: str) -> int:
         """How many entries of one mask are True; counted once per change."""
         if name not in self._kept:
-            mask = self._masks[name]
-            count = np.count_nonzero(mask.numpy()) if mask.device.type == "cpu" else mask.sum()
-            self._kept[name] = int(count)
+            self._kept[name] = count_true(self._masks[name])
         return self._kept[name]
 
     def full(self, name: str) -> bool:

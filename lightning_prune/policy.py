@@ -16,6 +16,7 @@ from lightning_prune.apportionment import Pool, grows
 from lightning_prune.criteria.base import Criterion, Keyed, Observer
 from lightning_prune.distributed import Shards
 from lightning_prune.errors import refusal
+from lightning_prune.flags import count_true
 from lightning_prune.masks import MaskSet
 from lightning_prune.patterns import Pattern, Unstructured
 from lightning_prune.targets import Target
@@ -194,7 +195,7 @@ class Policy:
                     done[i] = mask.numel() - masks.kept(target.name)
                 else:
                     kept = pattern.unit_mask(target, mask)
-                    done[i] = len(kept) - int(torch.count_nonzero(kept))
+                    done[i] = len(kept) - count_true(kept)
             shards.sum(done)
         return Pool(
             names=[t.name for t in targets],
@@ -237,7 +238,7 @@ class Policy:
 
     def _check_scores(self, targets: Sequence[Target], shards: Shards) -> None:
         def unusable(scores: Tensor) -> int:
-            return int(torch.count_nonzero(scores.isnan() | (scores == math.inf)))
+            return count_true(scores.isnan() | (scores == math.inf))
 
         wrong = [unusable(self.criterion.score(t)) for t in targets]
         for target, count in zip(targets, shards.sum(torch.tensor(wrong)).tolist(), strict=True):
@@ -279,4 +280,4 @@ def _lie_flat(targets: Sequence[Target]) -> bool:
 
 
 def _count_wrong(weight: Tensor) -> int:
-    return int(torch.count_nonzero(~torch.isfinite(weight)))
+    return count_true(~torch.isfinite(weight))

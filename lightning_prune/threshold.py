@@ -8,9 +8,7 @@ answer is the same, only slower. Histograms add over shards, so that ranks agree
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.distributed import Shards
+from lightning_prune.flags import count_true
 
 __all__ = ["Candidates", "Quota", "order_keys", "smallest", "take"]
 
@@ -25,7 +24,7 @@ Reader = Callable[[int], Callable[[int, np.ndarray], object]]
 
 _SAMPLE = 1 << 16
 _BINS = 1 << 14
-_PIECE = 1 << 18
+_PIECE = 1 << 17
 
 
 def _piece(size: int) -> int:
@@ -82,24 +81,20 @@ class _Near:
 
     Attributes:
         under: How many lie under the bracket.
-        above: One bit a unit, by piece: whether its key is at least the bracket's lower end.
+        above: One bit a unit: whether its key is at least the bracket's lower end.
         places: The units inside, in order; int32 of shape (N,), int64 in tensors beyond its range.
         keys: Their keys.
     """
 
     under: int
-    above: list[np.ndarray]
+    above: np.ndarray
     places: Tensor
     keys: Tensor
 
     def kept(self, size: int, key: int) -> Tensor:
         """Which of ``size`` units have at least a key of the bracket."""
-        kept = np.empty(size, dtype=np.bool_)
-        length = _piece(size)
-        for piece, bits in enumerate(self.above):
-            part = kept[piece * length : (piece + 1) * length]
-            part[:] = np.unpackbits(bits, count=len(part)).view(np.bool_)
-        kept[self.places.numpy()[self.keys.numpy() < key]] = False
+        kept = np.unpackbits(self.above, count=size).view(np.bool_)
+        kept[self.places.numpy()] = self.keys.numpy() >= key
         return torch.from_numpy(kept)
 
 
@@ -219,7 +214,7 @@ def _bracketed(units: Candidates, members: Sequence[int], budget: int) -> _Searc
     if units.reader is None:
         for i in members:
             keys = units.all_keys(i)
-            base[i] = int(torch.count_nonzero(keys < lo))
+            base[i] = count_true(keys < lo)
             inside[i] = keys[(keys >= lo) & (keys <= hi)]
     else:
         near = _look(units, units.reader, members, lo, hi)
@@ -231,7 +226,7 @@ def _bracketed(units: Candidates, members: Sequence[int], budget: int) -> _Searc
         return _Search(lo=lo, hi=hi, spent=spent, base=base, inside=inside, near=near)
     # just outside there may lie a value that very many units share
     edge = lo - 1 if budget <= spent else hi + 1
-    at = _cost(units, {i: int(torch.count_nonzero(units.all_keys(i) == edge)) for i in members})
+    at = _cost(units, {i: count_true(units.all_keys(i) == edge) for i in members})
     under = spent - at if budget <= spent else reached
     if under < budget <= under + at:
         return _Search(lo=edge, hi=edge, spent=under, base={}, inside=None)
@@ -241,40 +236,49 @@ def _bracketed(units: Candidates, members: Sequence[int], budget: int) -> _Searc
 def _look(
     units: Candidates, reader: Reader, members: Sequence[int], lo: int, hi: int
 ) -> dict[int, _Near]:
-    """What lies under, in and over a bracket, in one pass, a tensor a thread.
+    """What lies under, in and over a bracket, in one pass over pieces that a cache holds.
 
-    With NumPy, which is several times faster on pieces of a cache's size; and in memory that is
-    taken once: mapping fresh pages would take longer than the comparisons.
+    In memory that is taken once: mapping fresh pages would take longer than the comparisons. On
+    one thread: calls are so short that two threads spend the gain on handing the interpreter over.
     """
-    local = threading.local()
     longest = max(_piece(units.sizes[i]) for i in members)
-    kind = units.keys(members[0], slice(0, 0)).numpy().dtype
+    room = np.empty(longest, units.keys(members[0], slice(0, 0)).numpy().dtype)
+    flags = np.empty((2, longest), np.bool_)
 
     def look(i: int) -> _Near:
-        if not hasattr(local, "keys"):
-            local.keys, local.flags = np.empty(longest, kind), np.empty((2, longest), np.bool_)
         read, size = reader(i), units.sizes[i]
-        above, places, inside = [], [], [local.keys[:0]]
+        under, above, places, inside = 0, [], [np.empty(0, np.int32)], [room[:0]]
         for start in range(0, size, _piece(size)):
-            keys = local.keys[: min(_piece(size), size - start)]
-            over, within = local.flags[:, : len(keys)]
+            keys = room[: min(_piece(size), size - start)]
+            over, beyond = flags[:, : len(keys)]
             read(start, keys)
             np.greater_equal(keys, lo, out=over)
-            np.less_equal(keys, hi, out=within)
-            within &= over
+            np.greater(keys, hi, out=beyond)
+            under += len(keys) - int(np.count_nonzero(over))
             above.append(np.packbits(over))
-            found = np.flatnonzero(within)
-            inside.append(keys[found])
-            places.append((found + start).astype(np.int32 if size < 2**31 else np.int64))
+            found = _set_bits(above[-1] ^ np.packbits(beyond))
+            inside.append(keys.take(found))
+            found += start
+            places.append(found.astype(np.int32 if size < 2**31 else np.int64))
         return _Near(
-            under=size - sum(int(np.bitwise_count(bits).sum()) for bits in above),
-            above=above,
-            places=torch.from_numpy(np.concatenate([np.empty(0, np.int32), *places])),
+            under=under,
+            above=np.concatenate(above) if above else np.empty(0, np.uint8),
+            places=torch.from_numpy(np.concatenate(places)),
             keys=torch.from_numpy(np.concatenate(inside)),
         )
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        return dict(zip(members, threads.map(look, members), strict=True))
+    return {i: look(i) for i in members}
+
+
+def _set_bits(packed: np.ndarray) -> np.ndarray:
+    """Where bits are set, in the order of `packbits`; fast where few are."""
+    some = np.flatnonzero(packed != 0)
+    bits = np.flatnonzero(np.unpackbits(packed.take(some)).view(np.bool_))
+    places = some.take(bits >> 3)
+    places <<= 3
+    bits &= 7
+    places += bits
+    return places
 
 
 def _pivots(units: Candidates, members: Sequence[int], budget: int) -> tuple[int, int]:
@@ -306,9 +310,9 @@ def _pivots(units: Candidates, members: Sequence[int], budget: int) -> tuple[int
         high = int(info.max) if middle + reach >= 1 else int(keys[last])
         # a value that very many units share is counted rather than taken out
         crowd = len(keys) // 64
-        if low < high and first and int(torch.count_nonzero(keys == low)) > crowd:
+        if low < high and first and count_true(keys == low) > crowd:
             low += 1
-        if low < high and int(torch.count_nonzero(keys == high)) > crowd:
+        if low < high and count_true(keys == high) > crowd:
             high -= 1
     both = units.shards.stack(torch.tensor([low, high]))
     return int(both[:, 0].min()), int(both[:, 1].max())
@@ -319,13 +323,11 @@ def _narrow(search: _Search, units: Candidates, members: Sequence[int], budget: 
     while search.lo < search.hi:
         shift = max(0, (search.hi - search.lo).bit_length() - _BINS.bit_length() + 1)
         first = search.lo >> shift
-        hist = torch.zeros((search.hi >> shift) - first + 1, dtype=torch.int64)
+        hist = np.zeros((search.hi >> shift) - first + 1, np.int64)
         for cost, keys in _by_cost(search, units, members):
-            for part in keys.split(1 << 20):
-                near = part[(part >= search.lo) & (part <= search.hi)]
-                counts = torch.bincount(((near >> shift) - first).long(), minlength=len(hist))
-                hist += counts.cpu() * cost
-        reached = units.shards.sum(hist).cumsum(0)
+            near = keys[(keys >= search.lo) & (keys <= search.hi)] >> shift
+            hist += np.bincount(near - first, minlength=len(hist)) * cost
+        reached = units.shards.sum(torch.from_numpy(hist)).cumsum(0)
         chosen = int(torch.searchsorted(reached, budget - search.spent))
         search.spent += int(reached[chosen - 1]) if chosen else 0
         search.lo = max(search.lo, (first + chosen) << shift)
@@ -334,14 +336,17 @@ def _narrow(search: _Search, units: Candidates, members: Sequence[int], budget: 
 
 def _by_cost(
     search: _Search, units: Candidates, members: Sequence[int]
-) -> Iterator[tuple[int, Tensor]]:
+) -> Iterator[tuple[int, np.ndarray]]:
     """The keys that this rank counts, with their cost; small ones of one cost together."""
     mine = [i for i in members if units.counted(i)]
     if search.inside is None:
-        yield from ((units.costs[i], units.all_keys(i)) for i in mine)
+        for i in mine:
+            for part in units.all_keys(i).split(1 << 20):
+                yield units.costs[i], part.cpu().numpy()
         return
     for cost in sorted({units.costs[i] for i in mine}):
-        yield cost, torch.cat([search.inside[i].cpu() for i in mine if units.costs[i] == cost])
+        keys = [search.inside[i].cpu().numpy() for i in mine if units.costs[i] == cost]
+        yield cost, np.concatenate(keys)
 
 
 def _settle(
@@ -352,16 +357,14 @@ def _settle(
     below, at, settled = {}, {}, {}
     for i in members:
         keys = search.keys(units, i)
-        below[i] = search.base.get(i, 0) + int(torch.count_nonzero(keys < cut))
-        at[i] = int(torch.count_nonzero(keys == cut))
+        below[i] = search.base.get(i, 0) + count_true(keys < cut)
+        at[i] = count_true(keys == cut)
     left = budget - search.spent
     split = _cost(units, at) > left
     for i in members:
         # who is pruned already matters only where the ties are not all taken
         settled[i] = (
-            int(torch.count_nonzero(units.pruned(i) & (units.all_keys(i) == cut)))
-            if split and at[i]
-            else 0
+            count_true(units.pruned(i) & (units.all_keys(i) == cut)) if split and at[i] else 0
         )
     rows = torch.tensor([[below[i], settled[i], at[i] - settled[i]] for i in members])
     ranks = units.shards.stack(rows)  # (ranks, members, 3)
