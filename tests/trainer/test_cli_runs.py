@@ -1,5 +1,6 @@
 """The command line end to end, on digits: what a run prints and leaves, resume, refusals."""
 
+import csv
 import json
 import runpy
 
@@ -9,6 +10,7 @@ import yaml
 
 from lightning_prune.cli import main
 from tests.source_tree import ROOT
+from tests.unit.tasks import tiny_language as tiny
 
 DIGITS = ["--config", str(ROOT / "examples" / "digits.yaml")]
 SHORT = ["--trainer.max_epochs", "2", "--trainer.enable_progress_bar", "false"]
@@ -204,3 +206,51 @@ def test_the_one_line_example_prunes(capsys):
     shown = capsys.readouterr().out
     assert "90.00%" in shown
     assert float(shown.split()[1]) > 0.9
+
+
+def test_a_mix_of_domains_from_one_yaml_file(tmp_path, capsys):
+    tiny.causal_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    for name, seed in (("web", 0), ("code", 1)):
+        texts = tiny.sentences(60, seed=seed)
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        )
+    mix = {
+        "class_path": "lightning_prune.callbacks.DynamicBatchLoading",
+        "init_args": {"reference_losses": {"web": 1.0, "code": 50.0}},
+    }
+    config = {
+        "seed_everything": 0,
+        "output_dir": "mix",
+        "compare_dense": False,
+        "trainer": {
+            "max_epochs": 1,
+            "accelerator": "cpu",
+            "val_check_interval": 2,
+            "check_val_every_n_epoch": None,
+            "enable_progress_bar": False,
+            "callbacks": [mix],
+        },
+        "model": {
+            "class_path": "lightning_prune.tasks.CausalLM",
+            "init_args": {"config": tiny.LLAMA, "learning_rate": 0.01},
+        },
+        "data": {
+            "class_path": "lightning_prune.tasks.MixedLanguageDataModule",
+            "init_args": {
+                "sources": {"web": "web.jsonl", "code": "code.jsonl"},
+                "proportions": {"web": 0.5, "code": 0.5},
+                "tokenizer": "tokenizer",
+                "block_size": 12,
+                "batch_size": 4,
+                "batches_per_epoch": 4,
+            },
+        },
+    }
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", "mix.yaml"]) == 0, capsys.readouterr()
+    with (tmp_path / "mix" / "metrics.csv").open() as file:
+        shares = [float(row["mix/web"]) for row in csv.DictReader(file) if row["mix/web"]]
+    # "web" alone is above its reference: it is drawn more after every validation
+    assert shares == sorted(set(shares))
+    assert shares[0] > 0.5
