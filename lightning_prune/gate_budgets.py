@@ -40,8 +40,7 @@ class ExpectedSize:
         if self._counted is None or self._counted[0] is not policy.costs:
             counter = policy.counter(self._selected)
             self._counted = (policy.costs, counter, float(counter.count({})))
-        near = {name: p.cpu() for name, p in open_.items()}  # once, not for every parameter
-        return (self._counted[1].count(near) / self._counted[2])[None]
+        return (self._counted[1].count(open_) / self._counted[2])[None]
 
 
 def budget_of(

@@ -8,7 +8,7 @@ and the step alone, so that every rank draws the same and a resumed run goes on 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,9 +68,12 @@ class Gated:
     ) -> None:
         self._gating = gating
         self._parameters = {n: p.detach() for n, p in parameters.items() if n in ties}
-        self._ties = dict(ties)
         self.raw = {n: p.clone() for n, p in self._parameters.items()}
         device = next(iter(self.raw.values())).device
+        self._ties = {
+            name: [replace(tie, unit=tie.unit.to(device)) for tie in several]
+            for name, several in ties.items()
+        }
         chance = torch.Generator(device).manual_seed(gating.seed)
         self.locations = {
             name: torch.empty(tuple(shape), device=device).normal_(
@@ -80,11 +83,12 @@ class Gated:
         }
         for location in self.locations.values():
             gating.gate.clamp_(location)
-        self._optimizer = torch.optim.Adam(list(self.locations.values()), lr=gating.lr)
+        self._optimizer = torch.optim.Adam(list(self.locations.values()), lr=gating.lr, fused=True)
         self._budget = budget
         self.learned = -1
         self._gradients: dict[str, Tensor] = {}
         self._shown: dict[str, Tensor] = {}
+        self._factors: dict[str, Tensor] = {}  # of what is shown, where they are small
 
     @property
     def open_probabilities(self) -> dict[str, Tensor]:
@@ -124,16 +128,19 @@ class Gated:
     def show(self, gates: Mapping[str, Tensor]) -> None:
         """Writes ``raw * factor`` into the parameters."""
         self._shown = dict(gates)
+        self._factors.clear()
         for name, parameter in self._parameters.items():
-            parameter.copy_(self._product(name, gates))
+            raw, by = self.raw[name], self._factor(name, gates)
+            torch.mul(raw, by.to(raw.dtype), out=parameter)
+            if by.numel() <= sum(raw.shape):
+                self._factors[name] = by
 
     def values(self, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What `show` would write, by parameter name."""
-        return {name: self._product(name, gates) for name in self.raw}
+        return {n: raw * self._factor(n, gates).to(raw.dtype) for n, raw in self.raw.items()}
 
-    def _product(self, name: str, gates: Mapping[str, Tensor]) -> Tensor:
-        raw = self.raw[name]
-        return raw * factor(self._ties[name], gates, raw.shape).to(raw.dtype)
+    def _factor(self, name: str, gates: Mapping[str, Tensor]) -> Tensor:
+        return factor(self._ties[name], gates, self.raw[name].shape)
 
     def open(self, name: str) -> None:
         """Puts the raw value into a parameter, for an optimizer's step."""
@@ -153,12 +160,15 @@ class Gated:
             gradient: Overwritten.
             scale: What a gradient scaler has multiplied the loss by.
         """
-        ties, raw = self._ties[name], self.raw[name]
-        product = gradient.float() * raw.float() / scale
-        for group, slope in gate_gradients(ties, self._shown, product).items():
+        product = gradient.float() * self.raw[name].float()
+        if scale != 1:
+            product /= scale
+        for group, slope in gate_gradients(self._ties[name], self._shown, product).items():
             seen = self._gradients.get(group)
             self._gradients[group] = slope if seen is None else seen + slope
-        gradient.mul_(factor(ties, self._shown, raw.shape).to(gradient.dtype))
+        by = self._factors.get(name)
+        by = self._factor(name, self._shown) if by is None else by
+        gradient.mul_(by.to(gradient.dtype))
 
     def learn(self, step: int, progress: float) -> None:
         """One step of the gates, and of the multipliers; none if that step's has been made.
@@ -175,9 +185,9 @@ class Gated:
         for name, location in self.locations.items():
             slope = torch.zeros_like(location)
             if name in self._gradients:
-                slope += self._gradients[name] * gate.sample_slope(location, uniform[name])
+                slope.addcmul_(self._gradients[name], gate.sample_slope(location, uniform[name]))
             if name in penalty:
-                slope += penalty[name] * gate.open_slope(location)
+                slope.addcmul_(penalty[name], gate.open_slope(location))
             location.grad = slope
         self._optimizer.step()
         for location in self.locations.values():
@@ -230,6 +240,5 @@ class Gated:
         for (name, location), moments in zip(self.locations.items(), state["moments"], strict=True):
             location.copy_(state["locations"][name])
             self._optimizer.state[location] = {
-                k: v.clone().to(v.device if k == "step" else location.device)
-                for k, v in moments.items()
+                k: v.to(location.device, copy=True) for k, v in moments.items()
             }

@@ -49,9 +49,8 @@ def single_ties(targets: Sequence[Target], *, rows: bool) -> tuple[Ties, Shapes]
                 fix="write units='weights', or leave it out with exclude",
             )
         dim = 1 if target.layout == "transposed" else 0
-        unit = torch.arange(target.shape[dim])
-        ties[target.name] = (Tie(group=target.name, dim=dim, unit=unit),)
-        shapes[target.name] = (len(unit),)
+        ties[target.name] = (Tie(group=target.name, dim=dim),)
+        shapes[target.name] = (target.shape[dim],)
     return ties, shapes
 
 
@@ -136,7 +135,8 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _units(part: Part, size: int) -> Tensor:
+    """For each entry the number of its gate, -1 = none; empty where that is its own number."""
     unit = torch.full((size,), -1)
     numbers = torch.arange(len(part.index))[:, None].expand_as(part.index)
     unit[part.index.flatten()] = numbers.flatten()
-    return unit
+    return unit[:0] if torch.equal(unit, torch.arange(len(part.index))) else unit

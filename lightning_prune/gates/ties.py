@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["Tie", "factor", "gate_gradients"]
@@ -25,7 +27,8 @@ class Tie:
         group: Name of the group.
         dim: The dimension whose entries have gates of their own; None = the group has one gate
             for every entry of the parameter, or, with ``whole``, a single one for all.
-        unit: For each entry of ``dim`` the number of its gate, -1 = none; int64.
+        unit: For each entry of ``dim`` the number of its gate, -1 = none; int64, where gates are.
+            Empty = every entry has the gate of its own number.
         whole: The number of the single gate.
     """
 
@@ -34,11 +37,19 @@ class Tie:
     unit: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64), repr=False)
     whole: int | None = None
 
-    def entries(self, gates: Mapping[str, Tensor]) -> Tensor:
-        """The gate of each entry of ``dim``, 1 where there is none."""
+    def values(self, gates: Mapping[str, Tensor]) -> Tensor:
+        """The single gate, all gates, or those of the entries of ``dim``, 1 where there is none."""
         gate = gates[self.group]
-        padded = torch.cat([gate, torch.ones_like(gate[:1])])
-        return padded[self.unit.to(gate.device)]
+        if self.whole is not None:
+            return gate[self.whole]
+        return F.pad(gate, (0, 1), value=1)[self.unit] if len(self.unit) else gate
+
+    def gathered(self, slopes: Tensor, like: Tensor) -> Tensor:
+        """What slopes by the entries of ``dim`` are by the gates."""
+        if not len(self.unit):
+            return slopes
+        found = like.new_zeros(len(like) + 1)  # the last is for entries without a gate
+        return found.index_add_(0, self.unit % len(found), slopes)[:-1]
 
 
 def factor(ties: Sequence[Tie], gates: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
@@ -52,17 +63,13 @@ def factor(ties: Sequence[Tie], gates: Mapping[str, Tensor], shape: Sequence[int
     Returns:
         float32, to be broadcast to the shape.
     """
-    total = torch.ones(())
+    parts = []
     for tie in ties:
-        if tie.whole is not None:
-            part = gates[tie.group][tie.whole]
-        elif tie.dim is None:
-            part = gates[tie.group]
-        else:
-            part = tie.entries(gates)
+        part = tie.values(gates)
+        if tie.dim is not None:
             part = part.view([-1 if d == tie.dim else 1 for d in range(len(shape))])
-        total = total.to(part.device) * part
-    return total
+        parts.append(part)
+    return reduce(torch.mul, parts)
 
 
 def gate_gradients(
@@ -78,44 +85,36 @@ def gate_gradients(
     Returns:
         By group name, of the group's shape.
     """
-    vectors = [torch.ones(n, device=product.device) for n in product.shape]
-    scale = torch.ones((), device=product.device)
-    for tie in ties:
-        if tie.whole is not None:
-            scale = scale * gates[tie.group][tie.whole]
-        elif tie.dim is not None:
-            vectors[tie.dim] = vectors[tie.dim] * tie.entries(gates)
+    values = [tie.values(gates) for tie in ties]
+    by_dim: dict[int, Tensor] = {}
+    for tie, value in zip(ties, values, strict=True):
+        if tie.dim is not None:
+            by_dim[tie.dim] = by_dim[tie.dim] * value if tie.dim in by_dim else value
+    sums = {dim: _summed(product, by_dim, dim) for dim in by_dim}
+    scale = [v for tie, v in zip(ties, values, strict=True) if tie.whole is not None]
+    first = next(iter(by_dim), None)
     found: dict[str, Tensor] = {}
-    for tie in ties:
-        others = [t for t in ties if t is not tie]
-        if tie.whole is not None:
-            slope = torch.zeros_like(gates[tie.group])
-            rest = _product([gates[t.group][t.whole] for t in others if t.whole is not None], scale)
-            slope[tie.whole] = _contracted(product, vectors, None) * rest
-        elif tie.dim is None:
-            slope = product
+    for number, tie in enumerate(ties):
+        others = [v for n, v in enumerate(values) if n != number and ties[n].dim == tie.dim]
+        gate = gates[tie.group]
+        if tie.dim is not None:
+            by_entry = reduce(torch.mul, [*others, *scale], sums[tie.dim])
+            slope = tie.gathered(by_entry, gate)
+        elif tie.whole is not None:
+            total = product.sum() if first is None else sums[first] @ by_dim[first]
+            slope = torch.zeros_like(gate)
+            slope[tie.whole] = reduce(torch.mul, others, total)
         else:
-            rest = _product(
-                [t.entries(gates) for t in others if t.dim == tie.dim], torch.ones_like(scale)
-            )
-            by_entry = _contracted(product, vectors, tie.dim) * rest * scale
-            slope = torch.zeros(len(gates[tie.group]) + 1, device=product.device)
-            slope.index_add_(0, tie.unit.to(product.device) % len(slope), by_entry)
-            slope = slope[:-1]
+            slope = product
         found[tie.group] = found[tie.group] + slope if tie.group in found else slope
     return found
 
 
-def _product(parts: Sequence[Tensor], like: Tensor) -> Tensor:
-    total = torch.ones_like(like)
-    for part in parts:
-        total = total * part
-    return total
-
-
-def _contracted(x: Tensor, vectors: Sequence[Tensor], kept: int | None) -> Tensor:
-    """Sums over all dimensions but one, each weighted by its vector."""
+def _summed(x: Tensor, weights: Mapping[int, Tensor], kept: int) -> Tensor:
+    """Sums over all dimensions but one, weighted where there are weights."""
     for dim in reversed(range(x.dim())):
-        if dim != kept:
-            x = torch.tensordot(x, vectors[dim], dims=([dim], [0]))
+        if dim != kept and dim in weights:
+            x = torch.tensordot(x, weights[dim], dims=([dim], [0]))
+        elif dim != kept:
+            x = x.sum(dim)
     return x

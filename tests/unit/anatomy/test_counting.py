@@ -101,3 +101,27 @@ def test_unknown_weights_are_refused():
     anatomy = survey(families.network("bert", 0))
     with refused(where="no.such.weight", got="1 unknown", allowed="parameters", fix="survey"):
         Counter(anatomy, {"no.such.weight": 1.0})
+
+
+def test_groups_that_are_left_out_are_whole_whatever_was_counted_before():
+    anatomy = survey(families.network("qwen3", 1))
+    counter = Counter.parameters(anatomy)
+    ones = {group.name: torch.ones(group.size) for group in anatomy}
+    drawn = {name: torch.rand_like(gate) for name, gate in ones.items()}
+    for name in [*ones, *ones]:  # the second time from what was laid out at the first
+        some = counter.of_each({name: drawn[name]})
+        whole = counter.of_each(ones | {name: drawn[name]})
+        assert some.keys() == whole.keys()
+        assert all(float(some[n]) == pytest.approx(float(whole[n]), rel=1e-12) for n in some)
+        assert float(counter.count({name: drawn[name]})) == pytest.approx(
+            float(sum(some.values())), rel=1e-12
+        )
+
+
+def test_more_or_fewer_gates_than_units_are_refused():
+    anatomy = survey(families.network("bert", 0))
+    (group, *_) = anatomy.of("ffn")
+    counter = Counter.parameters(anatomy)
+    for shape in ((group.size + 1,), (group.size - 1,), (1, group.size), ()):
+        with refused(where=group.name, got=str(shape), allowed=f"({group.size},)"):
+            counter.count({group.name: torch.ones(shape)})

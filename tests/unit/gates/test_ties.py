@@ -7,7 +7,7 @@ import torch
 
 from lightning_prune.anatomy import survey
 from lightning_prune.gates.places import single_ties, unit_ties
-from lightning_prune.gates.ties import factor, gate_gradients
+from lightning_prune.gates.ties import Tie, factor, gate_gradients
 from lightning_prune.targets import select
 from tests.refusals import refused
 from tests.structured import bert, llama
@@ -116,3 +116,20 @@ def test_rows_of_transposed_layers_are_their_outputs():
     gates = {"0.weight": torch.tensor([1.0, 0.5, 0.0, 2.0])}
     by = factor(ties["0.weight"], gates, (3, 4))
     assert torch.equal(by.expand(3, 4)[1], gates["0.weight"])
+
+
+def test_entries_with_gates_of_their_own_number_need_no_list_of_numbers():
+    gates = {"rows": torch.rand(4), "columns": torch.rand(3), "single": torch.rand(2)}
+    product = torch.randn(4, 3, 2)
+    numbered, plain = (
+        (
+            Tie(group="rows", dim=0, unit=torch.arange(4 * many)),
+            Tie(group="columns", dim=1, unit=torch.arange(3 * many)),
+            Tie(group="single", whole=1),
+        )
+        for many in (1, 0)
+    )
+    assert torch.equal(factor(plain, gates, (4, 3, 2)), factor(numbered, gates, (4, 3, 2)))
+    mine, other = (gate_gradients(ties, gates, product) for ties in (plain, numbered))
+    assert mine.keys() == other.keys() == gates.keys()
+    assert all(torch.equal(mine[n], other[n]) for n in mine)
