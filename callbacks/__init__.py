@@ -17,6 +17,7 @@ from lightning_prune.callbacks.gradual_magnitude import (
 )
 from lightning_prune.callbacks.hard_concrete import HardConcretePruning as HardConcretePruning
 from lightning_prune.callbacks.movement import MovementPruning as MovementPruning
+from lightning_prune.callbacks.sparse_retraining import SparseRetraining as SparseRetraining
 
 __all__ = [
     "DiffPruning",
@@ -24,4 +25,5 @@ __all__ = [
     "GradualMagnitudePruning",
     "HardConcretePruning",
     "MovementPruning",
+    "SparseRetraining",
 ]

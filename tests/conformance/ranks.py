@@ -33,6 +33,7 @@ from tests.conformance.mutants_of_units import BROKEN_RANKS_OF_UNITS, unit_case
 from tests.conformance.ranks_of_units import REFUSED, SCENES
 from tests.conformance.ranks_of_units import run as run_scene
 from tests.conformance.registry import Case, cases
+from tests.conformance.sparse_toy import SparseToy
 from tests.conformance.toy import Batches, Toy, train
 from tests.conformance.units import Units
 
@@ -61,7 +62,11 @@ class ShardedUnits(Sharded, Units):
     """The same with units."""
 
 
-SHARDED = {Toy: Sharded, Units: ShardedUnits}
+class ShardedSparse(Sharded, SparseToy):
+    """The same, pruned."""
+
+
+SHARDED = {Toy: Sharded, Units: ShardedUnits, SparseToy: ShardedSparse}
 
 
 def whole(parameter: Tensor, local: Tensor) -> Tensor:

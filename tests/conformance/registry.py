@@ -14,6 +14,7 @@ from typing import Any
 import lightning as L
 
 from lightning_prune import callbacks
+from tests.conformance.sparse_toy import SparseToy
 from tests.conformance.toy import Toy
 from tests.conformance.variants import VARIANTS
 
@@ -100,7 +101,11 @@ class Case:
 
     def tries(self, name: str) -> bool:
         """Whether a check, or a run of two processes such as "5-ddp", is to be made at all."""
-        return name in self.only if self.only else int(name[0]) not in self.declared
+        if self.only:
+            return name in self.only
+        # other runs of two processes that are declared are made, and must be refused
+        undisturbed = name == "5-disturbed" and name in self.declared
+        return int(name[0]) not in self.declared and not undisturbed
 
     def refuses(self, name: str) -> bool:
         """Whether a run of two processes must be refused."""
@@ -156,6 +161,7 @@ ROWS: dict[str, Callable[[type[L.Callback]], Case]] = {
     "DynamicBatchLoading": lambda kind: Case(
         kind=kind, defaults={"reference_losses": {"web": 2.0, "code": 1.0}}
     ),
+    "SparseRetraining": lambda kind: Case(kind=kind, defaults={"adapters": None}, model=SparseToy),
 }
 
 

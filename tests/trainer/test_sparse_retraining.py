@@ -1,0 +1,340 @@
+"""Retraining of sparse networks: what learns, what stays zero, what a merge leaves."""
+
+import lightning as L
+import pytest
+import torch
+from peft import get_peft_model, inject_adapter_in_model
+
+from lightning_prune import PruneError, lora
+from lightning_prune.callbacks import GradualMagnitudePruning, SparseRetraining
+from lightning_prune.targets import select
+from tests.lora_networks import TARGETS, config, network
+from tests.refusals import refused
+
+STEPS = 6
+
+
+class Task(L.LightningModule):
+    """A network, random tokens, and labels to tell."""
+
+    def __init__(self, model, rate=0.05):
+        super().__init__()
+        self.model, self.rate = model.train(), rate
+        for module in self.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+
+    def training_step(self, batch, index):
+        tokens, labels = batch
+        out = self.model(input_ids=tokens)
+        logits = out.logits if out.logits.dim() == 2 else out.logits[:, -1]
+        return torch.nn.functional.cross_entropy(logits, labels)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=self.rate, weight_decay=0.1)
+
+    def train_dataloader(self):
+        draw = torch.Generator().manual_seed(5)
+        tokens = torch.randint(3, 20, (STEPS * 4, 7), generator=draw)
+        labels = torch.randint(0, 3, (STEPS * 4,), generator=draw)
+        data = torch.utils.data.TensorDataset(tokens, labels)
+        return torch.utils.data.DataLoader(data, batch_size=4)
+
+
+def sparse(name="bert", seed=0):
+    """A network whose selected weights are half zeros."""
+    net = network(name, seed)
+    draw = torch.Generator().manual_seed(1)
+    for target in select(net).targets:
+        mask = torch.rand(target.shape, generator=draw) < 0.5
+        target.parameter.data.mul_(mask)
+    return net
+
+
+def wrapped(name="bert", **settings):
+    torch.manual_seed(2)
+    return get_peft_model(sparse(name), config(name, r=2, **settings))
+
+
+def fit(task, *callbacks, **settings):
+    trainer = L.Trainer(
+        max_epochs=settings.pop("max_epochs", 1),
+        callbacks=list(callbacks),
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        **settings,
+    )
+    trainer.fit(task)
+    return trainer
+
+
+def zeros(model):
+    """Where selected weights are zero, by their plain names."""
+    return {
+        lora.plain_name(t.name): t.parameter.detach() == 0
+        for t in select(model, frozen=True).targets
+    }
+
+
+def moved(before, after):
+    """Names of parameters that changed."""
+    return {n for n, p in after.items() if not torch.equal(p, before[n])}
+
+
+def values(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("learn", "kinds"),
+    [
+        (["biases"], {"bias"}),
+        (["norms"], {"norm"}),
+        (["head"], {"head"}),
+        (["biases", "norms", "head"], {"bias", "norm", "head"}),
+    ],
+)
+def test_what_learns_is_what_was_named(learn, kinds):
+    def kind(name):
+        if "classifier" in name:
+            return "head"
+        return "norm" if "LayerNorm" in name else "bias" if name.endswith("bias") else "weight"
+
+    task = Task(sparse())
+    before, flags = values(task), {n: p.requires_grad for n, p in task.named_parameters()}
+    callback = SparseRetraining(learn, adapters=None)
+    fit(task, callback)
+    changed = moved(before, values(task))
+    learning = {n for n in before if kind(n) in kinds}
+    # the embeddings' padding and the like have no gradient: what changed is among what learned
+    assert changed
+    assert changed <= learning
+    assert {kind(n) for n in changed} == kinds
+    share = sum(before[n].numel() for n in learning) / sum(p.numel() for p in before.values())
+    assert callback.trainable_fraction == pytest.approx(share)
+    assert {n: p.requires_grad for n, p in task.named_parameters()} == flags
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_zeros_last_through_adapters_and_their_merge(name):
+    model = wrapped(name)
+    task, before = Task(model), zeros(model)
+    callback = SparseRetraining(merge=True)
+    fit(task, callback, max_epochs=3)
+    assert any(bool(z.any()) for z in before.values())
+    after = zeros(task)
+    assert {n.removeprefix("model."): z for n, z in after.items()}.keys() == before.keys()
+    for key, zero in before.items():
+        assert torch.equal(after[f"model.{key}"], zero), key
+    assert set(task.model.state_dict()) == set(network(name).state_dict())
+    targets = select(task, frozen=True).targets  # peft leaves them frozen
+    assert callback.masks.keys() == {t.name for t in targets}
+    for target in targets:
+        assert torch.equal(callback.masks[target.name], target.parameter != 0)
+    # adapters have learned something that is in the weights now
+    start = dict(sparse(name).named_parameters())
+    inside = [t for t in targets if any(k in t.name for k in TARGETS[name])]
+    assert inside
+    for target in inside:
+        assert not torch.equal(target.parameter, start[target.name.removeprefix("model.")])
+
+
+def test_a_merge_says_what_the_adapters_said():
+    task = Task(wrapped())
+    fit(task, SparseRetraining())
+    tokens = torch.randint(3, 20, (2, 7))
+    with torch.no_grad():
+        before = task.model.eval()(input_ids=tokens).logits
+        merged = lora.merge(task.model)
+        after = merged.eval()(input_ids=tokens).logits
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+
+
+def test_pruning_on_the_merge_drops_what_was_learned_at_zeros():
+    task = Task(wrapped())
+    before = zeros(task.model)
+    dense = SparseRetraining(adapters="prune_on_merge", merge=True)
+    fit(task, dense)
+    for key, zero in before.items():
+        assert torch.equal(zeros(task.model)[key], zero)
+    masked = Task(wrapped())
+    fit(masked, SparseRetraining(merge=True))
+    # it trained another network than it leaves
+    assert moved(values(masked), values(task))
+
+
+def test_scales_begin_at_one_and_keep_zeros():
+    model = wrapped(lora_dropout=0.0)
+    task, start = Task(model, rate=0.0), values(sparse())
+    fit(task, SparseRetraining(adapters="scale", merge=True))
+    for name, parameter in task.model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), start[name])
+    trained = Task(wrapped())
+    before = zeros(trained.model)
+    fit(trained, SparseRetraining(adapters="scale", merge=True))
+    assert all(torch.equal(zeros(trained.model)[n], zero) for n, zero in before.items())
+    assert any("query.weight" in name for name in moved(start, values(trained.model)))
+
+
+def test_trained_copies_of_a_head_are_merged():
+    model = wrapped(modules_to_save=["classifier"])
+    task = Task(model)
+    fit(task, SparseRetraining(merge=True))
+    assert set(task.model.state_dict()) == set(network("bert").state_dict())
+    assert not torch.equal(task.model.classifier.weight, sparse().classifier.weight)
+
+
+def test_a_run_resumes_exactly(tmp_path):
+    class Keep(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
+
+    task = Task(wrapped())
+    fit(task, SparseRetraining(), Keep(), max_epochs=2)
+    again = Task(wrapped())
+    trainer = L.Trainer(
+        max_epochs=2,
+        callbacks=[SparseRetraining()],
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(again, ckpt_path=tmp_path / f"{STEPS}.ckpt", weights_only=True)
+    assert trainer.global_step == 2 * STEPS
+    assert not moved(values(task), values(again))
+
+
+def test_a_checkpoint_over_other_zeros_is_refused(tmp_path):
+    task = Task(sparse())
+    trainer = fit(task, SparseRetraining(adapters=None))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    state = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    name = "model.bert.encoder.layer.0.output.dense.weight"
+    state["state_dict"][name] = torch.ones_like(state["state_dict"][name])
+    torch.save(state, tmp_path / "b.ckpt")
+    with pytest.raises(PruneError, match="trained over other zeros"):
+        L.Trainer(
+            max_epochs=2,
+            callbacks=[SparseRetraining(adapters=None)],
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_checkpointing=False,
+        ).fit(Task(sparse()), ckpt_path=tmp_path / "b.ckpt", weights_only=True)
+
+
+def test_a_second_fit_goes_on():
+    task = Task(wrapped())
+    callback = SparseRetraining()
+    fit(task, callback)
+    between = values(task)
+    fit(task, callback)
+    assert any("lora_" in name for name in moved(between, values(task)))
+    assert lora.attached_masks(task)
+
+
+def test_injected_adapters_work_too():
+    net = inject_adapter_in_model(config("bert", r=2), sparse())
+    before = zeros(net)
+    task = Task(net)
+    fit(task, SparseRetraining(merge=True))
+    after = zeros(task.model)
+    assert all(torch.equal(after[n], z) for n, z in before.items())
+
+
+# What is refused ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"learn": ["embeddings"]}, {"where": "learn", "got": "embeddings", "allowed": "'norms'"}),
+        ({"adapters": "dense"}, {"where": "adapters", "got": "dense", "allowed": "'mask'"}),
+        ({"learn": [], "adapters": None}, {"where": "learn=[]", "got": "neither"}),
+        ({"adapters": None, "merge": True}, {"where": "merge=True", "fix": "leave merge out"}),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, expected):
+    with refused(**expected):
+        SparseRetraining(**arguments)
+
+
+def test_a_dense_network_is_refused():
+    with refused(what="no zeros", got="without a zero", fix="prune it first"):
+        fit(Task(network("bert")), SparseRetraining(adapters=None))
+
+
+def test_a_network_without_adapters_is_refused():
+    with refused(what="no LoRA adapter", where="adapters='mask'", fix="adapters=None"):
+        fit(Task(sparse()), SparseRetraining())
+
+
+def test_adapters_on_dense_layers_alone_are_refused():
+    net = sparse()
+    for name, parameter in net.named_parameters():
+        if "query.weight" in name:
+            torch.nn.init.normal_(parameter)
+    task = Task(get_peft_model(net, config("bert", target_modules=["query"])))
+    with refused(what="No adapter is over a weight with a mask"):
+        fit(task, SparseRetraining())
+
+
+def test_nothing_that_learns_is_refused():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False))
+    torch.nn.init.zeros_(net[0].weight)
+    with refused(what="Nothing would learn", where="learn=['norms']"):
+        fit(Task(net), SparseRetraining(["norms"], adapters=None))
+
+
+def test_a_weight_that_another_callback_prunes_is_refused():
+    other = GradualMagnitudePruning(0.7, targets=["*query*"])
+    with refused(what="Two callbacks prune the same weight", got="GradualMagnitudePruning"):
+        fit(Task(sparse()), other, SparseRetraining(adapters=None))
+
+
+def test_other_arguments_than_the_checkpoint_s_are_refused(tmp_path):
+    trainer = fit(Task(sparse()), SparseRetraining(adapters=None))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    state = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    ours = next(v for k, v in state["callbacks"].items() if "SparseRetraining" in k)
+    again = SparseRetraining(["norms"], adapters=None)
+    again.load_state_dict(ours)
+    with refused(what="another learn", got="['biases', 'norms', 'head'] in the checkpoint"):
+        fit(Task(sparse()), again)
+
+
+def test_zeros_that_were_written_to_are_told_of():
+    class Fill(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            with torch.no_grad():
+                module.model.bert.encoder.layer[1].output.dense.weight.add_(0.1)
+
+    with refused(what="written to", where="layer.1.output.dense.weight", fix="another callback"):
+        fit(Task(sparse()), SparseRetraining(adapters=None), Fill())
+
+
+def test_two_of_them_on_one_weight_are_refused():
+    one, other = (
+        SparseRetraining(adapters=None),
+        SparseRetraining(["norms"], None, targets="*query*"),
+    )
+    with refused(what="Two callbacks", got="SparseRetraining and SparseRetraining"):
+        fit(Task(sparse()), one, other)
+
+
+def test_what_was_frozen_learns_again_after_an_error():
+    task = Task(sparse())
+    flags = {n: p.requires_grad for n, p in task.named_parameters()}
+
+    def broken(batch, batch_idx):
+        raise ValueError("on purpose")
+
+    task.training_step = broken
+    with pytest.raises(ValueError, match="on purpose"):
+        fit(task, SparseRetraining(adapters=None))
+    assert {n: p.requires_grad for n, p in task.named_parameters()} == flags
