@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_prune import lora
-from lightning_prune.callbacks.base import MaskCallback
 from lightning_prune.callbacks.checks import (
-    check_owner,
     check_same_weights,
     check_strategy,
     check_trainer,
     too_early,
+)
+from lightning_prune.callbacks.retraining_checks import (
+    LEARN,
+    Adapters,
+    check_adapters,
+    check_alone,
+    check_arguments,
+    check_learning,
+    check_merge,
+    check_same_zeros,
+    check_sparse,
 )
 from lightning_prune.callbacks.state import check_checkpoint
 from lightning_prune.distributed import (
@@ -35,8 +43,6 @@ from lightning_prune.targets import Selection, Target, as_globs, canonical_name,
 
 __all__ = ["SparseRetraining"]
 
-Adapters = Literal["mask", "scale", "prune_on_merge"]
-_LEARN = {"biases": "bias or other vector", "norms": "norm", "head": "output head"}
 _VERSION = 1
 _TESTS = "see tests/trainer/test_sparse_retraining.py"
 
@@ -50,14 +56,15 @@ class SparseRetraining(L.Callback):
     keeps the sparsity exactly. A few tenths of a percent of the parameters learn.
 
     Args:
-        learn: What learns beside adapters: any of "biases", "norms" and "head".
+        learn: What learns beside adapters: any of "biases", "norms" and "head". What the user has
+            frozen stays frozen; what peft has frozen does not.
         adapters: How adapters meet zeros: "mask" (``W + M * s B A``), "scale" (``W * (B A)``, where
             A and B begin as ones over the root of the rank), or "prune_on_merge", which trains them
             dense and drops at the merge what they learned at zeros (worse, for comparison). None
             trains without adapters.
         targets: Globs over the weights whose zeros are kept; None = all weights that callbacks
-            prune by default, frozen or not.
-        exclude: Globs over weights that are left out; they stay frozen, too.
+            prune by default, frozen or not. They are frozen, also those that would learn.
+        exclude: Globs over what is left out: it is frozen, too, and its zeros are not looked at.
         merge: Whether adapters are merged when the fit ends and peft goes. The run's checkpoints
             have peft's names: they no longer load into the merged module.
 
@@ -85,12 +92,15 @@ class SparseRetraining(L.Callback):
         "4-manual_optimization": f"Its network is dense: {_TESTS}",
         "5-disturbed": "Nothing is decided in mid-run; zeros are looked at when training ends",
         6: f"The toy leaves frozen weights out of its optimizer, which is seen: {_TESTS}",
+        "8-one_owner": "A second one is refused, whatever its targets",
         "8-nothing_to_prune": "The zeros of frozen weights are what it keeps",
         "8-weights_that_are_not_finite": "No weight is ranked",
         "8-steps_within_steps": "Frozen weights have no steps",
         "8-averages_after_ours": "Averages of frozen weights are those weights",
         "8-a_run_that_stops_early": "There is no schedule that could be cut short",
         "8-a_checkpoint_without_state": "Its optimizer has more parameters: torch refuses",
+        "9-alone_or_together": "Another callback that prunes is refused",
+        "9-two_callbacks": "Another callback that prunes, or a second one, is refused",
         "9-frozen_layers": "The zeros of frozen weights are kept, too",
         "9-low_rank_adapters": f"Biases learn beside the adapters: {_TESTS}",
         "9-clipping_with_two": "A frozen weight has no gradient that could enter a norm",
@@ -98,15 +108,16 @@ class SparseRetraining(L.Callback):
 
     def __init__(
         self,
-        learn: Sequence[str] = ("biases", "norms", "head"),
+        learn: str | Sequence[str] = ("biases", "norms", "head"),
         adapters: Adapters | None = "mask",
         targets: str | list[str] | None = None,
         exclude: str | list[str] | None = None,
         merge: bool = False,
     ) -> None:
         super().__init__()
-        self.learn = (learn,) if isinstance(learn, str) else tuple(learn)
-        _check(self.learn, adapters, merge)
+        asked = (learn,) if isinstance(learn, str) else tuple(learn)
+        check_arguments(asked, adapters, merge)
+        self.learn = tuple(kind for kind in LEARN if kind in asked)
         self.adapters, self.merge = adapters, merge
         self.targets, self.exclude = as_globs(targets), as_globs(exclude)
         self.trainable_fraction = 0.0
@@ -133,116 +144,124 @@ class SparseRetraining(L.Callback):
     # Set-up -------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Freezes all that does not learn, before a strategy wraps the module."""
+        """Freezes all that does not learn, before optimizers are made and ranks share gradients."""
         check_trainer(trainer, _name(self))
-        late = is_overridden("configure_model", pl_module) and not _has_weights(pl_module)
-        if stage == "fit" and not late:
-            self._freeze(trainer, pl_module)
+        if stage == "fit":
+            check_alone(self, trainer.callbacks)  # type: ignore[attr-defined]
+            if any(parameter.dim() > 1 for parameter in pl_module.parameters()):
+                self._freeze(pl_module)  # else the network is made later
 
-    def _freeze(self, trainer: L.Trainer, module: nn.Module) -> None:
-        if not self._before:
-            mine = self.selection(module).targets
-            callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-            earlier = callbacks[: callbacks.index(self)]
-            for other in callbacks:
-                if isinstance(other, MaskCallback) or (
-                    isinstance(other, SparseRetraining) and other in earlier
-                ):
-                    check_owner(mine, other.selection(module).targets, self, other)
-        reasons = {_LEARN[kind] for kind in self.learn}
-        excluded = select(module, frozen=True).excluded
-        heads = {e.name.rpartition(".")[0] for e in excluded if e.reason == "output head"}
-        reason = {e.name: e.reason for e in excluded}
+    def _freeze(self, module: nn.Module) -> None:
+        excluded = {e.name: e.reason for e in self.selection(module).excluded}
+        heads = {n.rpartition(".")[0] for n, why in excluded.items() if why == "output head"}
+        of_peft = {
+            id(p) for m in module.modules() if hasattr(m, "peft_config") for p in m.parameters()
+        }
+        reasons = {LEARN[kind] for kind in self.learn}
         for path, parameter in module.named_parameters():
             name = canonical_name(path)
-            why = "output head" if name.rpartition(".")[0] in heads else reason.get(name)
-            before = self._before.setdefault(lora.plain_name(path), parameter.requires_grad)
-            # peft freezes what is not of the active adapter, and its copies of modules
-            of_peft = (why == "LoRA adapter" and self.adapters is not None) or (
-                ".modules_to_save." in name
-            )
-            copied = ".original_module." in name
-            parameter.requires_grad_((before and of_peft) or (why in reasons and not copied))
+            before = self._before.setdefault(name, parameter.requires_grad)
+            why = excluded.get(name, "")
+            if name.rpartition(".")[0] in heads and why in LEARN.values():
+                why = "output head"
+            if why == "LoRA adapter":  # peft freezes those that are not active
+                learns = before and self.adapters is not None
+            elif ".original_module." in name:  # peft's copy, which is not in use
+                learns = False
+            elif ".modules_to_save." in name or name.startswith("layer_maps."):
+                learns = before
+            else:  # peft freezes all; what the user froze stays so
+                thawed = id(parameter) in of_peft and parameter.is_floating_point()
+                learns = why in reasons and (before or thawed)
+            parameter.requires_grad_(learns)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes the zeros as masks, and masks the adapters."""
         check_strategy(trainer, _name(self))
         before = len(self._before)
-        self._freeze(trainer, pl_module)  # what configure_model has made since
+        self._freeze(pl_module)  # what was made since
         if len(self._before) > before and trainer.world_size > 1:
             raise refusal(
                 "Weights cannot be frozen when ranks share their gradients already",
                 where=_name(self),
-                got=f"{len(self._before) - before} parameters made in configure_model",
-                allowed="a network that is there in setup, where several processes train",
-                fix="build the network in __init__ or configure_callbacks",
+                got=f"{len(self._before) - before} parameters made in setup or configure_model",
+                allowed="a network that is there before, where several processes train",
+                fix="build the network in __init__",
             )
-        targets = self.selection(pl_module).targets
-        if self._masks is not None:
-            check_same_weights(self._masks, targets, _name(self))
-        self._targets = targets
-        self._shards = shards_of((t.name, t.parameter) for t in self._targets)
-        self._take_zeros()
-        if not zero_fraction(self._targets, self._shards):
-            raise refusal(
-                "The network has no zeros that could be kept",
-                where=_name(self),
-                got=f"{len(self._targets)} selected weights without a zero",
-                allowed="a network that was pruned",
-                fix="prune it first, for instance with GradualMagnitudePruning(start=0, "
-                "schedule='oneshot'), or load a pruned checkpoint",
-            )
+        resumed = self._stash is not None
+        self._take_zeros(pl_module)
+        masks = self._ready()
+        check_sparse(zero_fraction(self._targets, self._shards), self._targets)
+        check_learning(pl_module, self._targets, masks, trainer.optimizers)
         if self.adapters is not None:
+            check_adapters(pl_module, self._sparse, self.adapters, resumed)
+            if self.merge:
+                check_merge(pl_module, masks)
+            fresh = not lora.attached_masks(pl_module)
             self._attach(pl_module)
+            if self.adapters == "scale" and fresh and not resumed:
+                lora.reset_scale_(pl_module)
         self._count(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes the zeros anew where a strategy restores checkpoints only now."""
         if self._stash is not None:
-            self._take_zeros()
+            self._take_zeros(pl_module)
 
-    def _take_zeros(self) -> None:
-        self._masks = MaskSet({t.name: t.local != 0 for t in self._targets})
+    def _take_zeros(self, module: nn.Module) -> None:
+        """The zeros that are there are the masks, and those of before if there are any."""
+        targets = self.selection(module).targets
+        masks = MaskSet({t.name: t.local != 0 for t in targets})
         if self._stash is not None:
-            self._check_zeros(self._stash)
-            self._stash = None
+            self._check_state(self._stash, targets, masks)
+        elif self._masks is not None:
+            now = {lora.plain_name(t.name): t.name for t in targets}
+            held = {now.get(lora.plain_name(n), n): m for n, m in self._masks.items()}
+            check_same_weights(MaskSet(held), targets, _name(self))
+            check_same_zeros(MaskSet(held), masks, "an earlier fit")
+        self._targets, self._masks, self._stash = targets, masks, None
+        self._shards = shards_of((t.name, t.parameter) for t in targets)
+
+    @property
+    def _sparse(self) -> dict[str, Tensor]:
+        masks = self._ready()
+        return {name: mask for name, mask in masks.items() if not masks.full(name)}
 
     def _attach(self, module: nn.Module) -> None:
-        if not any(".lora_" in f".{name}" for name, _ in module.named_parameters()):
-            raise refusal(
-                "The model has no LoRA adapter",
-                where=f"{_name(self)}(adapters={self.adapters!r})",
-                got="no parameter of an adapter",
-                allowed="a model with LoRA on its pruned layers",
-                fix="wrap it: peft.get_peft_model(model, LoraConfig(target_modules='all-linear')), "
-                "or train without adapters: adapters=None",
-            )
-        sparse = {n: m for n, m in self._ready().items() if not self._ready().full(n)}
-        if self.adapters == "prune_on_merge":
-            lora.masks_by_layer(module, lora.lora_layers(module), sparse)
-            return
-        rows = lora.attach(module, sparse, "scale" if self.adapters == "scale" else "mask")
-        learned = any(bool(row.matrices(a)[1].any()) for row in rows for a in row.available)
-        if self.adapters == "scale" and not learned:
-            lora.reset_scale_(module)
+        if self.adapters in ("mask", "scale"):
+            lora.attach(module, self._sparse, "scale" if self.adapters == "scale" else "mask")
 
     def _count(self, module: nn.Module) -> None:
         sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
-        learning = sum(n for n, learns in sizes if learns)
-        total = sum(n for n, _ in sizes)
-        if not learning:
-            raise refusal(
-                "Nothing would learn",
-                where=f"{_name(self)}(learn={list(self.learn)}, adapters={self.adapters!r})",
-                got="no such parameter in the network",
-                allowed="at least one parameter that learns",
-                fix="name more in learn, or bring adapters",
-            )
+        learning, total = sum(n for n, learns in sizes if learns), sum(n for n, _ in sizes)
         self.trainable_fraction = learning / total
         rank_zero_info(
             f"{_name(self)}: {learning:,} of {total:,} parameters learn "
             f"({self.trainable_fraction:.2%})"
         )
+
+    # Without a fit ------------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Masks the adapters, whose masks no checkpoint of weights holds."""
+        if trainer.state.fn != "fit":
+            self._mask_for_evaluation(pl_module)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """As for validation."""
+        self._mask_for_evaluation(pl_module)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """As for validation."""
+        self._mask_for_evaluation(pl_module)
+
+    def _mask_for_evaluation(self, module: nn.Module) -> None:
+        adapted = any(".lora_" in f".{name}" for name, _ in module.named_parameters())
+        if not adapted or self.adapters not in ("mask", "scale") or lora.attached_masks(module):
+            return
+        self._take_zeros(module)
+        if self._sparse:
+            self._attach(module)
 
     # The end ------------------------------------------------------------------------------------
 
@@ -261,13 +280,17 @@ class SparseRetraining(L.Callback):
                 )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Merges if asked to; what was frozen may learn again."""
-        if self.merge and self.adapters is not None:
-            dense = self.adapters == "prune_on_merge"
-            lora.merge(pl_module, masks=self._ready() if dense else None)
-            self._masks = MaskSet({lora.plain_name(n): m for n, m in self._ready().items()})
-            self._targets = self.selection(pl_module).targets
+        """What was frozen may learn again; merges if asked to."""
         self._release(pl_module)
+        if self.merge and self.adapters is not None:
+            masks = self._ready()
+            kept = {id(t.parameter): masks[t.name] for t in self._targets}
+            pruned = masks if self.adapters == "prune_on_merge" else None
+            lora.merge(pl_module, masks=pruned)
+            self._targets = self.selection(pl_module).targets  # under their plain names
+            self._masks = MaskSet(
+                {t.name: kept.get(id(t.parameter), t.local != 0) for t in self._targets}
+            )
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
@@ -281,8 +304,8 @@ class SparseRetraining(L.Callback):
 
     def _release(self, module: nn.Module) -> None:
         for path, parameter in module.named_parameters() if self._before else ():
-            learned = self._before.get(lora.plain_name(path), parameter.requires_grad)
-            parameter.requires_grad_(learned)
+            before = self._before.get(canonical_name(path), parameter.requires_grad)
+            parameter.requires_grad_(before)
         self._before.clear()
 
     # State --------------------------------------------------------------------------------------
@@ -309,36 +332,24 @@ class SparseRetraining(L.Callback):
         """Keeps the state until the weights are there, in ``on_fit_start``."""
         self._stash = state_dict or None
 
-    def _check_zeros(self, state: Mapping[str, Any]) -> None:
+    def _check_state(
+        self, state: Mapping[str, Any], targets: Sequence[Target], masks: MaskSet
+    ) -> None:
         """Refuses a checkpoint of other arguments, or of a network with other zeros."""
-        for field, now in (("adapters", self.adapters), ("learn", list(self.learn))):
-            if state.get(field) != now:
+        now = {"version": _VERSION, "adapters": self.adapters, "learn": list(self.learn)}
+        for field, value in now.items():
+            if state.get(field) != value:
                 raise refusal(
                     f"The checkpoint was written with another {field}",
                     where=f"{_name(self)}({field}=...)",
-                    got=f"{state.get(field)} in the checkpoint, {now} now",
+                    got=f"{state.get(field)} in the checkpoint, {value} now",
                     allowed="the same as when the run began",
                     fix=f"resume with {field}={state.get(field)}, or start a new run",
                 )
-        masks = self._ready()
-        whole = MaskSet({t.name: torch.empty(t.shape, dtype=torch.bool) for t in self._targets})
+        whole = MaskSet({t.name: torch.empty(t.shape, dtype=torch.bool) for t in targets})
         whole.load_state_dict(state["masks"])
-        wrong = [
-            t.name
-            for t in self._targets
-            if not torch.equal(
-                local_part(t.parameter, whole[t.name].to(masks[t.name].device)), masks[t.name]
-            )
-        ]
-        if wrong:
-            raise refusal(
-                "What was trained was trained over other zeros",
-                where=wrong[0] + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""),
-                got=f"masks {lora.mask_hash(whole)[:12]} in the checkpoint, "
-                f"{lora.mask_hash(masks)[:12]} in the network",
-                allowed="the network that the run began with",
-                fix="load the pruned network that was retrained, and resume again",
-            )
+        mine = MaskSet({t.name: local_part(t.parameter, whole[t.name]) for t in targets})
+        check_same_zeros(mine, masks, "the checkpoint")
 
     def _ready(self) -> MaskSet:
         if self._masks is None:
@@ -348,43 +359,3 @@ class SparseRetraining(L.Callback):
 
 def _name(callback: L.Callback) -> str:
     return type(callback).__name__
-
-
-def _has_weights(module: nn.Module) -> bool:
-    return any(parameter.dim() > 1 for parameter in module.parameters())
-
-
-def _check(learn: Sequence[str], adapters: object, merge: object) -> None:
-    unknown = [kind for kind in learn if kind not in _LEARN]
-    if unknown:
-        raise refusal(
-            "What learns is one of three kinds",
-            where="SparseRetraining(learn=...)",
-            got=unknown[0],
-            allowed=", ".join(map(repr, _LEARN)),
-            fix="name these; adapters have an argument of their own",
-        )
-    if adapters is not None and adapters not in get_args(Adapters):
-        raise refusal(
-            "Adapters meet zeros in one of three ways",
-            where="SparseRetraining(adapters=...)",
-            got=adapters,
-            allowed=", ".join(map(repr, get_args(Adapters))) + ", None",
-            fix="leave it out for mask-preserving adapters",
-        )
-    if not learn and adapters is None:
-        raise refusal(
-            "Nothing would learn",
-            where="SparseRetraining(learn=[], adapters=None)",
-            got="neither parameters nor adapters",
-            allowed="at least one of them",
-            fix="name what learns",
-        )
-    if merge and adapters is None:
-        raise refusal(
-            "There is nothing to merge",
-            where="SparseRetraining(adapters=None, merge=True)",
-            got="merge=True without adapters",
-            allowed="merge=False",
-            fix="leave merge out",
-        )

@@ -310,6 +310,14 @@ def plan(model: nn.Module, callback: Planned, total_steps: int | None) -> Plan:
             allowed="an integer >= 1, or None when it is unknown",
             fix="give max_steps, or batches per epoch times epochs over accumulate_grad_batches",
         )
+    if not hasattr(callback, "members"):
+        raise refusal(
+            "A plan is made for a callback that prunes",
+            where="plan(callback=...)",
+            got=type(callback).__name__,
+            allowed="a callback with a sparsity, such as GradualMagnitudePruning",
+            fix="plan the callback that prunes; this one changes no weight's mask",
+        )
     selection, members = callback.selection(model), callback.members(model)
     ranked = members.ranked
     shards = shards_of((t.name, t.parameter) for t in members.everything)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from peft import get_peft_model, inject_adapter_in_model
 
-from lightning_prune import PruneError, lora
+from lightning_prune import PruneError, lora, plan
 from lightning_prune.callbacks import GradualMagnitudePruning, SparseRetraining
 from lightning_prune.targets import select
 from tests.lora_networks import TARGETS, config, network
@@ -247,6 +247,88 @@ def test_injected_adapters_work_too():
     assert all(torch.equal(after[n], z) for n, z in before.items())
 
 
+def test_what_the_user_froze_stays_frozen():
+    task = Task(sparse())
+    task.model.bert.encoder.layer[0].requires_grad_(False)
+    task.other = torch.nn.Linear(4, 4).requires_grad_(False)
+    before = values(task)
+    fit(task, SparseRetraining(adapters=None, exclude="*layer.1.attention*"))
+    changed = moved(before, values(task))
+    assert any("layer.1.output" in name for name in changed)
+    still = ("layer.0", "other", "layer.1.attention")
+    assert not [name for name in changed if any(part in name for part in still)]
+
+
+@pytest.mark.parametrize("adapters", ["mask", "scale"])
+def test_a_checkpoint_is_the_same_network_in_a_process_without_a_fit(adapters, tmp_path):
+    class Heard(Task):
+        def test_step(self, batch, index):
+            self.log("test/loss", self.training_step(batch, index))
+
+        test_dataloader = Task.train_dataloader
+
+    task = Heard(wrapped())
+    trainer = fit(task, SparseRetraining(adapters=adapters))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    expected = trainer.test(task, verbose=False)
+    again, fresh = Heard(wrapped()), SparseRetraining(adapters=adapters)
+    tester = L.Trainer(
+        callbacks=[fresh], accelerator="cpu", logger=False, enable_progress_bar=False
+    )
+    found = tester.test(again, ckpt_path=tmp_path / "a.ckpt", weights_only=True, verbose=False)
+    assert found == expected
+    assert lora.mask_hash(fresh.masks) == lora.mask_hash(trainer.callbacks[0].masks)
+
+
+def test_a_network_that_is_made_late():
+    class Late(Task):
+        def __init__(self):
+            L.LightningModule.__init__(self)
+            self.model, self.rate = None, 0.05
+
+        def setup(self, stage):
+            self.model = wrapped().train()
+
+    task = Late()
+    fit(task, SparseRetraining(merge=True))
+    after = zeros(task.model)
+    assert all(torch.equal(after[n], z) for n, z in zeros(sparse()).items())
+
+
+def test_names_after_a_merge_are_those_of_the_module():
+    class Named(Task):
+        def __init__(self):
+            L.LightningModule.__init__(self)
+            self.base_model, self.rate = torch.nn.Module(), 0.05
+            self.base_model.model = wrapped().train()
+
+        def training_step(self, batch, index):
+            self.model = self.base_model.model
+            try:
+                return super().training_step(batch, index)
+            finally:
+                del self.model
+
+    task, callback = Named(), SparseRetraining(merge=True)
+    trainer = fit(task, callback)
+    assert callback.masks.keys() == {t.name for t in select(task, frozen=True).targets}
+    assert all(torch.equal(task.get_parameter(n) != 0, m) for n, m in callback.masks.items())
+    assert trainer.callbacks[0].state_dict()["masks"].keys() == callback.masks.keys()
+
+
+def test_helpers_of_a_distillation_learn():
+    task = Task(sparse())
+    task.layer_maps = torch.nn.ModuleDict({"h": torch.nn.Linear(2, 2)})
+    seen = {}
+
+    class Look(L.Callback):
+        def on_train_start(self, trainer, module):
+            seen.update({n: p.requires_grad for n, p in module.layer_maps.named_parameters()})
+
+    fit(task, SparseRetraining(adapters=None), Look())
+    assert seen == {"h.weight": True, "h.bias": True}
+
+
 # What is refused ----------------------------------------------------------------------------------
 
 
@@ -274,27 +356,24 @@ def test_a_network_without_adapters_is_refused():
         fit(Task(sparse()), SparseRetraining())
 
 
-def test_adapters_on_dense_layers_alone_are_refused():
-    net = sparse()
-    for name, parameter in net.named_parameters():
-        if "query.weight" in name:
-            torch.nn.init.normal_(parameter)
-    task = Task(get_peft_model(net, config("bert", target_modules=["query"])))
-    with refused(what="No adapter is over a weight with a mask"):
-        fit(task, SparseRetraining())
-
-
 def test_nothing_that_learns_is_refused():
     net = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False))
     torch.nn.init.zeros_(net[0].weight)
-    with refused(what="Nothing would learn", where="learn=['norms']"):
+    with refused(what="Nothing would learn", where="learn=..."):
         fit(Task(net), SparseRetraining(["norms"], adapters=None))
 
 
-def test_a_weight_that_another_callback_prunes_is_refused():
-    other = GradualMagnitudePruning(0.7, targets=["*query*"])
-    with refused(what="Two callbacks prune the same weight", got="GradualMagnitudePruning"):
-        fit(Task(sparse()), other, SparseRetraining(adapters=None))
+@pytest.mark.parametrize(
+    "other",
+    [
+        GradualMagnitudePruning(0.7, targets=["*query*"]),
+        SparseRetraining(["norms"], None, targets="*key*"),
+    ],
+)
+def test_another_callback_that_prunes_is_refused(other):
+    ours = SparseRetraining(adapters=None, targets=["*intermediate*"])
+    with refused(what="Another callback prunes", got=type(other).__name__, fix="second fit"):
+        fit(Task(sparse()), other, ours)
 
 
 def test_other_arguments_than_the_checkpoint_s_are_refused(tmp_path):
@@ -318,15 +397,6 @@ def test_zeros_that_were_written_to_are_told_of():
         fit(Task(sparse()), SparseRetraining(adapters=None), Fill())
 
 
-def test_two_of_them_on_one_weight_are_refused():
-    one, other = (
-        SparseRetraining(adapters=None),
-        SparseRetraining(["norms"], None, targets="*query*"),
-    )
-    with refused(what="Two callbacks", got="SparseRetraining and SparseRetraining"):
-        fit(Task(sparse()), one, other)
-
-
 def test_what_was_frozen_learns_again_after_an_error():
     task = Task(sparse())
     flags = {n: p.requires_grad for n, p in task.named_parameters()}
@@ -338,3 +408,82 @@ def test_what_was_frozen_learns_again_after_an_error():
     with pytest.raises(ValueError, match="on purpose"):
         fit(task, SparseRetraining(adapters=None))
     assert {n: p.requires_grad for n, p in task.named_parameters()} == flags
+
+
+def test_a_pruned_head_that_would_learn_is_refused():
+    net = sparse()
+    with torch.no_grad():
+        net.classifier.weight[:, :4] = 0
+    with refused(what="would learn, and fill", where="classifier.weight", got="12 zeros"):
+        fit(Task(net), SparseRetraining(adapters=None))
+    task = Task(net)
+    targets = ["*encoder*", "model.classifier.weight"]
+    fit(task, SparseRetraining(adapters=None, targets=targets))
+    assert not task.model.classifier.weight[:, :4].any()
+
+
+def test_what_learns_and_is_in_no_optimizer_is_refused():
+    class Few(Task):
+        def configure_optimizers(self):
+            return torch.optim.SGD([self.model.classifier.weight], lr=0.1)
+
+    with refused(what="in no optimizer", got="configure_optimizers", fix="self.parameters()"):
+        fit(Few(sparse()), SparseRetraining(adapters=None))
+
+
+def test_adapters_that_do_not_learn_are_refused():
+    model = wrapped()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_(False)
+    with refused(what="No adapter over a sparse weight learns", fix="is_trainable=True"):
+        fit(Task(model), SparseRetraining())
+
+
+def test_another_way_of_meeting_zeros_is_refused():
+    task = Task(wrapped())
+    fit(task, SparseRetraining())
+    for other in ("scale", "prune_on_merge"):
+        with refused(what="another way", got="MaskedDelta", allowed=other, fix="detach"):
+            fit(task, SparseRetraining(adapters=other))
+    held = Task(wrapped(init_lora_weights=False))
+    with refused(what="another way", got="a difference that was learned", allowed="scale"):
+        fit(held, SparseRetraining(adapters="scale"))
+
+
+def test_a_merge_that_cannot_be_is_refused_before_training():
+    with refused(what="would fill zeros", where="query.base_layer.weight", fix="leave targets"):
+        fit(Task(wrapped()), SparseRetraining(targets="*intermediate*", merge=True))
+    model = wrapped()
+    model.add_adapter("other", config("bert", r=2, init_lora_weights=False))
+    with refused(what="inactive adapter", got="'other'"):
+        fit(Task(model), SparseRetraining(merge=True))
+
+
+def test_a_second_fit_over_other_zeros_is_refused():
+    task, callback = Task(sparse()), SparseRetraining(adapters=None)
+    fit(task, callback)
+    with torch.no_grad():
+        task.model.bert.encoder.layer[0].output.dense.weight.fill_(1.0)
+    with refused(what="over other zeros", where="layer.0.output.dense", got="an earlier fit"):
+        fit(task, callback)
+
+
+def test_adapters_on_dense_layers_alone_are_refused_in_every_mode():
+    net = sparse()
+    for name, parameter in net.named_parameters():
+        if "query.weight" in name:
+            torch.nn.init.normal_(parameter)
+    task = Task(get_peft_model(net, config("bert", target_modules=["query"])))
+    for adapters in ("mask", "scale", "prune_on_merge"):
+        with refused(what="No adapter is over a weight with a mask", where=adapters):
+            fit(task, SparseRetraining(adapters=adapters))
+
+
+def test_the_order_of_what_learns_does_not_matter():
+    assert SparseRetraining(["head", "biases"]).learn == SparseRetraining(["biases", "head"]).learn
+
+
+def test_a_plan_is_for_callbacks_that_prune():
+    with refused(what="A plan is made", got="SparseRetraining"):
+        plan(sparse(), SparseRetraining(), total_steps=10)
