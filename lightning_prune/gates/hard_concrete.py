@@ -143,8 +143,8 @@ class HardConcrete:
         return self.beta * math.log(-self.gamma / self.zeta)
 
     def _concrete(self, log_alpha: Tensor, uniform: Tensor) -> Tensor:
-        noise = torch.logit(uniform.float(), eps=_EDGE)
-        return torch.sigmoid((noise + log_alpha.float()) / self.beta)
+        u = uniform.float().clamp(_EDGE, 1 - _EDGE)
+        return torch.sigmoid((u.log() - (1 - u).log() + log_alpha.float()) / self.beta)
 
     def _stretched(self, s: Tensor) -> Tensor:
         return s * (self.zeta - self.gamma) + self.gamma
