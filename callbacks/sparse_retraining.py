@@ -125,7 +125,7 @@ class SparseRetraining(L.Callback):
         self._targets: tuple[Target, ...] = ()
         self._shards = Shards()
         self._stash: dict[str, Any] | None = None
-        self._before: dict[str, bool] = {}  # whether parameters learned, by their plain names
+        self._before: dict[str, bool] = {}  # whether parameters learned, by name
 
     @property
     def masks(self) -> dict[str, Tensor]:
