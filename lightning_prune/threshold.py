@@ -367,21 +367,19 @@ def _settle(
             count_true(units.pruned(i) & (units.all_keys(i) == cut)) if split and at[i] else 0
         )
     rows = torch.tensor([[below[i], settled[i], at[i] - settled[i]] for i in members])
-    ranks = units.shards.stack(rows)  # (ranks, members, 3)
+    ranks = units.shards.stack(rows).tolist()  # [rank][member][kind]
     here = units.shards.rank
-    counts = {}
+    parts = {
+        i: [r[place] for r in ranks] if units.sharded[i] else [ranks[here][place]]
+        for place, i in enumerate(members)
+    }
+    counts = {i: sum(row[0] for row in parts[i]) for i in members}
     taken: dict[int, list[int]] = {i: [0, 0] for i in members}
-    for place, i in enumerate(members):
-        column = ranks[:, place, 0]
-        counts[i] = int(column.sum() if units.sharded[i] else column[here])
     for kind in (0, 1):
-        for place, i in enumerate(members):
-            if not units.sharded[i]:
-                parts, mine = [int(ranks[here, place, 1 + kind])], 0
-            else:
-                parts, mine = ranks[:, place, 1 + kind].tolist(), here
-            for rank, available in enumerate(parts):
-                use = min(available, max(0, -(-left // units.costs[i])))
+        for i in members:
+            mine = here if units.sharded[i] else 0
+            for rank, row in enumerate(parts[i]):
+                use = min(row[1 + kind], max(0, -(-left // units.costs[i])))
                 left -= use * units.costs[i]
                 counts[i] += use
                 if rank == mine:
