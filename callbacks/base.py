@@ -160,12 +160,14 @@ class MaskCallback(L.Callback):
         self.policy = members.led(self.policy.with_costs(costs or {}))
         self.policy.check(members.ranked, None if costs is None else self.sparsity, shards)
         old = self._masks if self._masks and self._timeline is not None else {}
-        fresh = {t.name: torch.ones_like(t.local, dtype=torch.bool) for t in targets}
+        fresh = {t.name: self._fresh(t) for t in targets}
         self._masks = MaskSet({n: old[n].to(m.device) if old else m for n, m in fresh.items()})
         self._members, self._shards = members, shards
         self._suffix = f"/{pruners.index(self)}" if len(pruners) > 1 else ""
-        counted = members.selected
-        self._counter.attach(trainer.optimizers, targets, self._after_step, counted)
+        self._counter.attach(trainer.optimizers, targets, self._after_step, members.selected)
+
+    def _fresh(self, target: Target) -> Tensor:
+        return torch.ones_like(target.local, dtype=torch.bool)  # keeps everything
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restores a resumed state, and lays the schedule onto the run, whose length is known."""
@@ -286,8 +288,7 @@ class MaskCallback(L.Callback):
         if masks.full(target.name):
             return
         mask_(target.parameter, masks[target.name])
-        optimizer = self._counter.owner(target)
-        if optimizer is not None:
+        if (optimizer := self._counter.owner(target)) is not None:
             mask_moments_(optimizer, target.parameter, masks[target.name])
 
     def _project(self, targets: tuple[Target, ...] | None = None) -> None:

@@ -23,6 +23,7 @@ from lightning_prune.criteria import Criterion, Observer
 from lightning_prune.criteria.activation import Activation
 from lightning_prune.errors import refusal
 from lightning_prune.followers import Members
+from lightning_prune.masks import constant
 from lightning_prune.patterns import Unstructured
 from lightning_prune.removal import RemovalPlan, remove
 from lightning_prune.removal.masked import silence
@@ -228,6 +229,11 @@ class StructuredCallback(CompactingCallback):
                 allowed="DDP that finds unused parameters",
                 fix="write strategy='ddp_find_unused_parameters_true', or leave these units out",
             )
+
+    def _fresh(self, target: Target) -> Tensor:
+        if self.units is None:
+            return super()._fresh(target)
+        return constant(target.shape, target.local.device)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lays the schedule onto the run; units that a resumed state has lost stay lost."""

@@ -13,7 +13,36 @@ from lightning_prune.errors import refusal
 from lightning_prune.flags import count_true
 from lightning_prune.targets import Target
 
-__all__ = ["MaskSet", "pack", "pruned_fraction", "unpack", "zero_fraction"]
+__all__ = ["MaskSet", "constant", "pack", "pruned_fraction", "unpack", "zero_fraction"]
+
+
+def constant(shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
+    """A mask that keeps everything, in one byte: expanded, with a stride of 0 along all dims.
+
+    Example:
+        >>> constant((2, 3)).untyped_storage().nbytes()
+        1
+    """
+    return torch.ones([1] * len(shape), dtype=torch.bool, device=device).expand(*shape)
+
+
+def _varying(mask: Tensor) -> Tensor:
+    """A mask without the repetitions of dims that it was expanded along; a view."""
+    return mask[tuple(slice(0, 1) if s == 0 else slice(None) for s in mask.stride())]
+
+
+def _collapsed(mask: Tensor) -> Tensor:
+    """The same mask, expanded along dims in which it does not vary."""
+    one = mask
+    for dim, size in enumerate(mask.shape):
+        first = one.narrow(dim, 0, min(1, size))
+        if bool((one == first).all()):
+            one = first
+    return one.expand(mask.shape)
+
+
+def _repeats(mask: Tensor) -> bool:
+    return any(s == 0 and n > 1 for s, n in zip(mask.stride(), mask.shape, strict=True))
 
 
 def pack(mask: Tensor) -> Tensor:
@@ -55,7 +84,8 @@ class MaskSet(Mapping[str, Tensor]):
     """Masks by parameter name, in a fixed order.
 
     Holds one byte a weight in memory, and one bit a weight in ``state_dict``. Setting a mask writes
-    into the tensor that is there.
+    into the tensor that is there. Of masks that are expanded along a dim (rows or columns that go
+    as a whole), only one entry along it is held; setting replaces them.
 
     Args:
         masks: Bool tensors by name.
@@ -84,7 +114,11 @@ class MaskSet(Mapping[str, Tensor]):
                 allowed=f"torch.bool of shape {tuple(old.shape)}",
                 fix="build the mask from the weight that it is for",
             )
-        old.copy_(mask)  # in place: new masks between freed scores would split the heap
+        if _repeats(old) or _repeats(mask):
+            held = _varying(mask).to(old.device, copy=True)
+            self._masks[name] = held.expand(old.shape)
+        else:
+            old.copy_(mask)  # in place: new masks between freed scores would split the heap
         self._kept.pop(name, None)
         if mask.device.type == "cpu":  # while a cache holds it
             self.kept(name)
@@ -92,7 +126,8 @@ class MaskSet(Mapping[str, Tensor]):
     def kept(self, name: str) -> int:
         """How many entries of one mask are True; counted once per change."""
         if name not in self._kept:
-            self._kept[name] = count_true(self._masks[name])
+            mask, one = self._masks[name], _varying(self._masks[name])
+            self._kept[name] = count_true(one) * (mask.numel() // max(1, one.numel()))
         return self._kept[name]
 
     def full(self, name: str) -> bool:
@@ -151,7 +186,8 @@ class MaskSet(Mapping[str, Tensor]):
                     fix="use the model that the checkpoint was written with",
                 )
         for name, mask in list(self._masks.items()):
-            self[name] = unpack(state[name]["bits"].to(mask.device), shapes[name])
+            given = unpack(state[name]["bits"].to(mask.device), shapes[name])
+            self[name] = _collapsed(given) if _repeats(mask) else given
 
 
 def pruned_fraction(masks: MaskSet, targets: Sequence[Target], shards: Shards) -> float:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from lightning_prune.anatomy import Anatomy, Group
 from lightning_prune.errors import refusal
+from lightning_prune.masks import constant
 
 __all__ = ["Layout"]
 
@@ -26,6 +28,7 @@ class Layout:
         multiple_of: Neurons and channels stay in multiples of this number.
         uniform: Whether all layers keep as many units of a kind.
         cut: Whether they are cut out of the model in the end.
+        spared: Names of groups that lose nothing.
     """
 
     anatomy: Anatomy
@@ -33,6 +36,7 @@ class Layout:
     multiple_of: int = 1
     uniform: bool = False
     cut: bool = False
+    spared: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         """Checks the step."""
@@ -62,7 +66,8 @@ class Layout:
     @property
     def groups(self) -> tuple[Group, ...]:
         """The groups whose units may go."""
-        return tuple(g for kind in self.kinds for g in self.anatomy.of(kind))
+        found = (g for kind in self.kinds for g in self.anatomy.of(kind))
+        return tuple(g for g in found if g.name not in self.spared)
 
     @property
     def tensors_touched(self) -> set[str]:
@@ -126,14 +131,17 @@ class Layout:
             shapes: Shapes of the tensors to give masks of, by the network's own names.
 
         Yields:
-            Name and bool mask.
+            Name and bool mask; where only one dimension loses entries, expanded along the others.
         """
         entries = self.anatomy.entries(kept)
         gone = self.anatomy.removed_sites(kept)
         for name, shape in shapes.items():
-            mask = torch.ones(shape, dtype=torch.bool)
-            for dim, stays in entries.get(name, {}).items():
-                mask &= stays.view([-1 if d == dim else 1 for d in range(len(shape))])
+            lines = [
+                stays.view([-1 if d == dim else 1 for d in range(len(shape))])
+                for dim, stays in entries.get(name, {}).items()
+            ]
             if any(site.owns(name) for site in gone):
-                mask.zero_()
-            yield name, mask
+                lines.append(torch.zeros([1] * len(shape), dtype=torch.bool))
+            # expanded along dims in which it does not vary
+            mask = reduce(torch.logical_and, lines) if lines else constant(shape)
+            yield name, mask.expand(shape)

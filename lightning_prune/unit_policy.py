@@ -152,8 +152,7 @@ class UnitPolicy(Policy):
         by_name = {t.name.removeprefix(prefix): t for t in self.everything}
         shapes = {n: tuple(t.shape) for n, t in by_name.items()}
         for name, mask in self.layout.tensors(kept, shapes):
-            target = by_name[name]
-            yield target, mask.to(target.local.device)
+            yield by_name[name], mask
 
     def choose(
         self,

@@ -19,6 +19,8 @@ def network_in(model: nn.Module) -> tuple[str, nn.Module]:
     """
 
     def is_network(module: nn.Module) -> bool:
+        if type(module).__module__.startswith("peft."):
+            return False  # it hands out what the model inside has
         return hasattr(getattr(module, "config", None), "model_type") and hasattr(
             module, "base_model"
         )

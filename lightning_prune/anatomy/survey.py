@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.anatomy.absent import is_absent
+from lightning_prune.anatomy.adapted import with_adapters, without_adapters
 from lightning_prune.anatomy.families import Attention, Family, Stack, family_of
 from lightning_prune.anatomy.inference import infer
 from lightning_prune.anatomy.kinds import Kind
@@ -48,7 +49,7 @@ def survey(
         stream: Whether to look for the channels of the residual stream; nothing runs otherwise.
 
     Returns:
-        Its units. Names in it are those of the transformers model's own parameters.
+        Its units, in the transformers model's own names; adapters (LoRA) go with their Linear.
 
     Raises:
         PruneError: If there is not one transformers model, or its layers are not recognised.
@@ -56,10 +57,11 @@ def survey(
     prefix, network = network_in(model)
     config: Any = network.config
     family = family_of(config.model_type)
-    row = infer(network) if family is None else _present(family, network)
-    return _Surveyor(network, row, prefix, "inferred" if family is None else row.types[0]).run(
-        inputs, stream
-    )
+    with without_adapters(network):
+        row = infer(network) if family is None else _present(family, network)
+        name = "inferred" if family is None else row.types[0]
+        found = _Surveyor(network, row, prefix, name).run(inputs, stream)
+    return with_adapters(found, network)
 
 
 def _present(family: Family, network: Any) -> Family:
