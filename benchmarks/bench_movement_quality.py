@@ -19,10 +19,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import bench_quality
 import lightning as L
 import minilm
 import torch
-from bench_quality import EVERY, STEPS, Classifier, Pieces, accuracy, training_batches
+from bench_quality import EVERY, Classifier, Pieces, accuracy, training_batches
 from torch import nn
 
 from lightning_prune.callbacks import GradualMagnitudePruning, MovementPruning
@@ -60,7 +61,7 @@ def pruner(arm: str, kept: float) -> L.Callback:
 
 def fit(module: L.LightningModule, callbacks: list[L.Callback], options: Any, seed: int) -> None:
     trainer = L.Trainer(
-        max_epochs=STEPS // EVERY,
+        max_epochs=bench_quality.STEPS // EVERY,
         callbacks=callbacks,
         precision=options.precision,
         accelerator="cpu",
@@ -117,12 +118,13 @@ def run(arm: str, kept: float, seed: int, options: argparse.Namespace) -> dict[s
         "last_loss": None if last is None else float(last),
         "precision": options.precision,
         "rate": options.rate,
+        "epochs": bench_quality.EPOCHS,
         "machine": minilm.machine(),
     }
 
 
-def _key(row: dict[str, Any]) -> tuple[str, float, int, float]:
-    return row["arm"], row["kept"], row["seed"], row["rate"]
+def _key(row: dict[str, Any]) -> tuple[str, float, int, float, int]:
+    return row["arm"], row["kept"], row["seed"], row["rate"], row.get("epochs", 2)
 
 
 def elsewhere() -> list[dict[str, Any]]:
@@ -139,26 +141,27 @@ def elsewhere() -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The results as Markdown, one table for each learning rate of the weights."""
+    """The results as Markdown, one table for each length and learning rate of the weights."""
     lines = [
         "# Movement beside magnitude: SST-2 dev accuracy of MiniLM with few weights kept",
         "",
         f"- Machine: {rows[0]['machine']}",
         "- Command: `python benchmarks/bench_movement_quality.py --data PATH --work FOLDER "
         f"--precision {rows[0]['precision']} --rate RATE`",
-        f"- {STEPS} steps of 32 sentences; cubic from 25% to 75% of the run, an update every "
+        "- 500 steps of 32 sentences an epoch; cubic from 25% to 75% of the run, an update every "
         f"{EVERY} steps; mean over seeds (each seed, 0 first). A dash is an arm that was not run.",
         f"- The teacher is dense, trained at {TEACHER_RATE}.",
         "- Magnitude at 10%, 5% and 20% kept may be the same arm as in quality.md.",
         *(f"- {arm}: {ARMS[arm]}." for arm in ARMS if any(r["arm"] == arm for r in rows)),
     ]
-    for rate in sorted({r["rate"] for r in rows if r["arm"] in ARMS}, reverse=True):
-        lines += ["", f"## Weights at rate {rate}", ""]
-        lines += _one_rate([r for r in rows if r["rate"] == rate])
+    runs = {(r.get("epochs", 2), -r["rate"]) for r in rows if r["arm"] in ARMS}
+    for epochs, rate in sorted(runs):
+        lines += ["", f"## Weights at rate {-rate}, {epochs} epochs", ""]
+        lines += _one_run([r for r in rows if (r.get("epochs", 2), -r["rate"]) == (epochs, rate)])
     return "\n".join(lines) + "\n"
 
 
-def _one_rate(rows: list[dict[str, Any]]) -> list[str]:
+def _one_run(rows: list[dict[str, Any]]) -> list[str]:
     def cell(arm: str, kept: float) -> str:
         found = sorted(
             (r["seed"], r["accuracy"]) for r in rows if r["arm"] == arm and r["kept"] == kept
@@ -190,9 +193,12 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16-mixed")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--only", nargs="+", default=[], help="arms such as 'movement:0.1'")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    bench_quality.EPOCHS = options.epochs
+    bench_quality.STEPS = bench_quality.SENTENCES * options.epochs // bench_quality.BATCH
     warnings.filterwarnings("ignore")
     rows = [json.loads(line) for line in STORE.read_text().splitlines()] if STORE.exists() else []
     rows += [r for r in elsewhere() if not any(_key(r) == _key(mine) for mine in rows)]
@@ -203,7 +209,7 @@ def main() -> None:
     for seed in options.seeds:
         for arm, kept in arms:
             wanted = not options.only or f"{arm}:{kept:g}" in options.only
-            done = any(_key(r) == (arm, kept, seed, options.rate) for r in rows)
+            done = any(_key(r) == (arm, kept, seed, options.rate, options.epochs) for r in rows)
             if not wanted or done:
                 continue
             row = run(arm, kept, seed, options)

@@ -16,7 +16,9 @@ from lightning_prune.callbacks.gradual_magnitude import (
     GradualMagnitudePruning as GradualMagnitudePruning,
 )
 from lightning_prune.callbacks.hard_concrete import HardConcretePruning as HardConcretePruning
+from lightning_prune.callbacks.lora_pruning import LoRAPruning as LoRAPruning
 from lightning_prune.callbacks.movement import MovementPruning as MovementPruning
+from lightning_prune.callbacks.rank_increasing_lora import RankIncreasingLoRA as RankIncreasingLoRA
 from lightning_prune.callbacks.sparse_retraining import SparseRetraining as SparseRetraining
 
 __all__ = [
@@ -24,6 +26,8 @@ __all__ = [
     "DynamicBatchLoading",
     "GradualMagnitudePruning",
     "HardConcretePruning",
+    "LoRAPruning",
     "MovementPruning",
+    "RankIncreasingLoRA",
     "SparseRetraining",
 ]

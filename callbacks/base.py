@@ -31,7 +31,7 @@ from lightning_prune.distributed import Shards, agree, shards_of
 from lightning_prune.followers import Members, followed
 from lightning_prune.masks import MaskSet, pack, pruned_fraction, zero_fraction
 from lightning_prune.policy import Policy
-from lightning_prune.targets import Selection, Target, select
+from lightning_prune.targets import Selection, Target
 from lightning_prune.timeline import Timeline
 from lightning_prune.usage import UseCounter
 
@@ -88,7 +88,7 @@ class MaskCallback(L.Callback):
 
     def selection(self, model: torch.nn.Module) -> Selection:
         """What this callback would prune in a model, and what not and why."""
-        return select(model, self.settings.targets, self.settings.exclude)
+        return self.settings.select(model)
 
     def members(self, model: torch.nn.Module) -> Members:
         """What is selected, and what loses rows or columns with it."""

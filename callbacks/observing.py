@@ -84,15 +84,19 @@ class ObservingCallback(MaskCallback):
         """Shows the gradients, whole and unclipped, to the criterion."""
         observer = self.observer
         if observer is not None and not will_skip(trainer, optimizer):
-            scale = loss_scale(trainer, optimizer)
-            for target in self._counter.owned(optimizer):
-                gradient = target.parameter.grad
-                if gradient is not None:
-                    local: Tensor = gradient.detach()
-                    local = local.to_local() if isinstance(local, DTensor) else local
-                    self._observe(observer, target, local, scale)
-                    self._shown.add(target.name)
+            self._show_gradients(observer, optimizer, loss_scale(trainer, optimizer))
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
+
+    def _show_gradients(
+        self, observer: Observer, optimizer: torch.optim.Optimizer, scale: float
+    ) -> None:
+        for target in self._counter.owned(optimizer):
+            gradient = target.parameter.grad
+            if gradient is not None:
+                local: Tensor = gradient.detach()
+                local = local.to_local() if isinstance(local, DTensor) else local
+                self._observe(observer, target, local, scale)
+                self._shown.add(target.name)
 
     def _observe(self, observer: Observer, target: Target, gradient: Tensor, scale: float) -> None:
         observer.observe(target, gradient, scale)

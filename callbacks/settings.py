@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import nn
+
 from lightning_prune.callbacks import checks
 from lightning_prune.errors import refusal
 from lightning_prune.patterns import Pattern
 from lightning_prune.schedules import Schedule
+from lightning_prune.targets import Selection, select
 from lightning_prune.timeline import Timeline, check_window, timeline
 
 __all__ = ["Budget", "Settings"]
@@ -33,6 +36,7 @@ class Settings:
     budget: Budget
     initial_sparsity: float | Literal["from_model"]
     total_steps: int | None
+    frozen: bool = False  # whether weights that do not learn are pruned, too
 
     def __post_init__(self) -> None:
         """Checks every value by itself."""
@@ -69,6 +73,10 @@ class Settings:
                 allowed="an integer >= 1, or None to ask the Trainer",
                 fix="leave it out under automatic optimization",
             )
+
+    def select(self, model: nn.Module) -> Selection:
+        """What would be pruned in a model, and what not and why."""
+        return select(model, self.targets, self.exclude, frozen=self.frozen)
 
     def lay_out(self, initial: float, total: int | None, squeeze: bool) -> Timeline:
         """The schedule on a run of ``total`` steps; empty when there is nothing to prune."""

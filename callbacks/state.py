@@ -167,7 +167,8 @@ def as_text(value: object) -> str:
 
 def asked(settings: Settings, policy: Policy) -> dict[str, str]:
     """Everything that a run must be resumed with, as text."""
-    said = [f.name for f in fields(settings) if f.name not in ("callback", "targets", "exclude")]
+    unsaid = ("callback", "targets", "exclude", "frozen")
+    said = [f.name for f in fields(settings) if f.name not in unsaid]
     return {name: as_text(getattr(settings, name)) for name in said} | {
         "allocation": as_text(policy.allocation),
         "criterion": as_text(policy.criterion),

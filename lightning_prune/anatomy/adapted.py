@@ -33,18 +33,17 @@ def adapted_layers(network: nn.Module) -> dict[str, Any]:
 @contextmanager
 def without_adapters(network: nn.Module) -> Iterator[None]:
     """The network as it is under its adapters, for as long as it is looked at."""
-    found = adapted_layers(network)
-    places = []
-    for path, layer in found.items():
+    places: list[tuple[nn.Module, str, Any]] = []
+    for path, layer in adapted_layers(network).items():
         parent, _, name = path.rpartition(".")
         places.append((network.get_submodule(parent), name, layer))
-    for parent, name, layer in places:
-        parent._modules[name] = layer.base_layer
+    for module, name, layer in places:
+        module._modules[name] = layer.base_layer
     try:
         yield
     finally:
-        for parent, name, layer in places:
-            parent._modules[name] = layer
+        for module, name, layer in places:
+            module._modules[name] = layer
 
 
 def with_adapters(anatomy: Anatomy, network: nn.Module) -> Anatomy:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning_prune.lora.effective import effective_weight as effective_weight
 from lightning_prune.lora.gradients import estimated_gradient as estimated_gradient
+from lightning_prune.lora.importance import importance as importance
 from lightning_prune.lora.layers import LoRALayer as LoRALayer
 from lightning_prune.lora.layers import lora_layers as lora_layers
 from lightning_prune.lora.layers import plain_name as plain_name
@@ -24,6 +25,7 @@ __all__ = [
     "detach",
     "effective_weight",
     "estimated_gradient",
+    "importance",
     "lora_layers",
     "mask_hash",
     "masks_by_layer",

@@ -90,9 +90,9 @@ def estimated_gradient(row: LoRALayer, scale: float = 1.0) -> Tensor | None:
             )
         a, b = row.matrices(adapter)
         by_a, by_b = (_unscaled(matrix, scale) for matrix in (a, b))
-        # gB A + B gA - gB gA = gB (A - gA) + B gA: two products instead of three.
+        # gB A + B gA - gB gA = [gB B] [A - gA; gA]: one product
         kind = by_a.dtype
-        found = low_rank(a.to(kind) - by_a, by_b) + low_rank(by_a, b)
+        found = low_rank(torch.cat([a.to(kind) - by_a, by_a]), torch.cat([by_b, b.to(kind)], 1))
         total = found if total is None else total + found
     return None if total is None else turned(row.layer, total)
 

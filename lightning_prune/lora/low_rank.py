@@ -40,7 +40,8 @@ def low_rank(
     """
     kind = torch.promote_types(a_RI.dtype, torch.float32)
     with _no_autocast(a_RI):
-        found = (b_OR.to(kind) @ a_RI.to(kind)) * scaling
+        found = b_OR.to(kind) @ a_RI.to(kind)
+        found = found if scaling == 1 else found * scaling
         return found if factor_OI is None else found * factor_OI
 
 

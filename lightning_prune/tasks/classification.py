@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import lightning as L
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lightning_prune.errors import refusal
+from lightning_prune.tasks.adapters import add_lora
 from lightning_prune.tasks.learning_rate import Shape
 from lightning_prune.tasks.metrics import classification_metrics
 from lightning_prune.tasks.optimization import optimizer_and_schedule, resolve_schedules
@@ -35,6 +37,8 @@ class SequenceClassification(L.LightningModule):
             alone, so that `seed_everything` decides it.
         num_labels: C, at least 2.
         label_names: The C names, in the order of their integers; they are saved with the model.
+        adapters: Arguments of peft's ``LoraConfig``, such as ``{"r": 8}``: only LoRA and the head
+            learn then, on all Linears in its layers unless ``target_modules`` says otherwise.
         learning_rate: The largest, above 0.
         weight_decay: Of AdamW, at least 0; biases and norms are spared.
         warmup_fraction: Part of the run in which the rate rises, in [0, 1); 0 starts at the full
@@ -54,6 +58,7 @@ class SequenceClassification(L.LightningModule):
         model: str | nn.Module,
         num_labels: int | None = None,
         label_names: list[str] | None = None,
+        adapters: dict[str, Any] | None = None,
         learning_rate: float = 5e-5,
         weight_decay: float = 0.01,
         warmup_fraction: float = 0.06,
@@ -67,6 +72,7 @@ class SequenceClassification(L.LightningModule):
         self.schedule = schedule
         self.num_labels = _count_labels(num_labels, label_names)
         self.label_names = label_names
+        self.adapters = adapters
         self._source = model if isinstance(model, str) else None
         if isinstance(model, nn.Module):
             self._adopt(model)
@@ -179,6 +185,8 @@ class SequenceClassification(L.LightningModule):
         if config is not None and self.label_names is not None:
             config.id2label = dict(enumerate(self.label_names))
             config.label2id = {name: i for i, name in enumerate(self.label_names)}
+        if self.adapters is not None:
+            add_lora(network, self.adapters, head=True)
         self.model = network.train()  # `from_pretrained` leaves dropout off
         self.val_metrics = classification_metrics(self.num_labels, prefix="val/")
         self.test_metrics = classification_metrics(self.num_labels, prefix="test/")

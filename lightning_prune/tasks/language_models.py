@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lightning_prune.errors import refusal
+from lightning_prune.tasks.adapters import add_lora
 from lightning_prune.tasks.learning_rate import Shape
 from lightning_prune.tasks.optimization import optimizer_and_schedule, resolve_schedules
 from lightning_prune.tasks.pretrained import (
@@ -54,6 +55,8 @@ class LanguageModel(L.LightningModule):
         gguf_file: The GGUF file in the folder or repository that `model` names.
         dtype: Of the weights, and so of the optimizer's moments; `Trainer(precision=...)` is
             another matter. GGUF weights of fewer bits become what they stand for.
+        adapters: Arguments of peft's ``LoraConfig``, such as ``{"r": 8}``: only LoRA learns then,
+            on all Linears in its layers unless ``target_modules`` says otherwise.
         gradient_checkpointing: Whether to compute activations again in the backward pass: slower,
             with less memory.
         learning_rate: The largest, above 0.
@@ -78,6 +81,7 @@ class LanguageModel(L.LightningModule):
         pretrained: bool = True,
         gguf_file: str | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
+        adapters: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
         learning_rate: float = 5e-5,
         weight_decay: float = 0.01,
@@ -107,6 +111,7 @@ class LanguageModel(L.LightningModule):
         self.config = config
         self.pretrained = pretrained
         self.weight_dtype = _DTYPES[dtype]
+        self.adapters = adapters
         self.gradient_checkpointing = gradient_checkpointing
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -232,6 +237,8 @@ class LanguageModel(L.LightningModule):
         """Takes a network as the one to be trained."""
         if self.gradient_checkpointing:
             use_checkpointing(network)
+        if self.adapters is not None:
+            add_lora(network, self.adapters, head=False)
         self._caches = takes(network, "use_cache")
         self.model = network.train()  # `from_pretrained` leaves dropout off
 
