@@ -19,7 +19,7 @@ from lightning_prune.callbacks.settings import Settings
 from lightning_prune.criteria import Criterion
 from lightning_prune.errors import NoEffectWarning, refusal
 from lightning_prune.followers import Members
-from lightning_prune.masks import MaskSet
+from lightning_prune.masks import MaskSet, pruned_fraction
 from lightning_prune.removal import compact_, removals_of, replay
 
 __all__ = ["CompactingCallback"]
@@ -202,4 +202,5 @@ class CompactingCallback(ObservingCallback):
 
     def _restore(self, state: dict[str, Any]) -> None:
         super()._restore(state)
-        self._actual = float(state.get("actual", self._actual))
+        now = pruned_fraction(self._ready(), self._members.selected, self._shards)
+        self._actual = float(state.get("actual", now))

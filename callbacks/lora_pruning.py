@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
@@ -12,14 +12,21 @@ import torch
 from lightning_prune import lora
 from lightning_prune.allocation import Allocation, as_allocation
 from lightning_prune.anatomy import survey
+from lightning_prune.callbacks.guided_scores import GuidedUnits, GuidedWeights
+from lightning_prune.callbacks.lora_pruning_checks import (
+    check_arguments,
+    check_budget,
+    check_spared,
+    no_adapter,
+)
 from lightning_prune.callbacks.settings import Settings
 from lightning_prune.callbacks.structured import StructuredCallback
 from lightning_prune.criteria import Observer
-from lightning_prune.criteria.adapters import GuidedUnits, GuidedWeights
-from lightning_prune.errors import PruneError, refusal
+from lightning_prune.errors import refusal
+from lightning_prune.flags import count_true
 from lightning_prune.followers import Members
 from lightning_prune.lora.wrappers import check_nothing_dropped
-from lightning_prune.masks import MaskSet
+from lightning_prune.masks import MaskSet, zero_fraction
 from lightning_prune.patterns import Pattern, as_pattern
 from lightning_prune.removal import RemovalPlan, compact_, remove
 from lightning_prune.schedules import Schedule, as_schedule
@@ -94,14 +101,14 @@ class LoRAPruning(StructuredCallback):
         "5-fsdp2": "Adapters over weights that are split over ranks cannot be read as one product",
         "6-the_network_stands_alone": "peft leaves base weights frozen: nothing moves them",
         "7-sparsity_zero_under_manual_optimization": _TWO,
-        "7-before_it_begins": "Adapters over single weights are masked from the first step on, with "
-        f"masks that keep all: other roundings; bit for bit with units, and nearly: {_TESTS}",
         "8-nothing_to_prune": "Frozen weights are what it prunes; adapters that do not learn are "
         "refused: tests/trainer/test_lora_pruning_refusals.py",
         "8-one_owner": _NAMES,
         "8-unknown_length": f"Part of it is a network without adapters: {_TESTS}",
         "8-patterns_that_do_not_fit": _NAMES,
         "8-budgets_out_of_reach": _NAMES,
+        "8-sparser_than_asked_for": "Refused in other words, whatever initial_sparsity says: "
+        "tests/trainer/test_lora_pruning_refusals.py",
         "8-another_checkpoint": _NAMES,
         "8-another_model": _NAMES,
         "9-two_callbacks": _NAMES,
@@ -127,7 +134,7 @@ class LoRAPruning(StructuredCallback):
         beta: float = 0.9,
         spare_first: int | float = 0.1,
         spare_last: int | float = 1,
-        initial_sparsity: float = 0.0,
+        initial_sparsity: float | Literal["from_model"] = 0.0,
         multiple_of: int = 1,
         uniform: bool = False,
         merge: bool = True,
@@ -135,14 +142,15 @@ class LoRAPruning(StructuredCallback):
         total_steps: int | None = None,
     ) -> None:
         asked = [units] if isinstance(units, str) else None if units is None else list(units)
-        _check_arguments(asked, allocation, merge, compact)
-        _check_spared(spare_first=spare_first, spare_last=spare_last)
+        check_arguments(asked, allocation, merge, compact)
+        check_spared(spare_first=spare_first, spare_last=spare_last)
         self.spare_first, self.spare_last = spare_first, spare_last
         self.beta, self.merge = beta, merge
         self.equal_shares = allocation == "uniform"
         self._rows: dict[str, lora.LoRALayer] = {}
         self._heard = False  # of gradients, since the last step
         self._merged = False
+        self._attached = False  # masks to the adapters over single weights
         settings = Settings(
             callback=type(self).__name__,
             sparsity=sparsity,
@@ -180,7 +188,7 @@ class LoRAPruning(StructuredCallback):
         names = {row.weight_name for row in rows}
         inside = tuple(t for t in found.targets if t.name in names)
         if not inside and found.targets:
-            raise _no_adapter(self.name, rows, [t.name for t in found.targets])
+            raise no_adapter(self.name, rows, [t.name for t in found.targets])
         left = [
             Excluded(name=t.name, size=t.size, reason="no adapter that could tell of it")
             for t in found.targets
@@ -203,7 +211,7 @@ class LoRAPruning(StructuredCallback):
         spared -= {g.name for g in plain.groups if g.layer in range(first, end)}
         untold = {g.name for g in plain.groups if told.isdisjoint(p.tensor for p in g.parts)}
         if not {g.name for g in plain.groups} - untold:
-            raise _no_adapter(self.name, rows, [p.tensor for g in plain.groups for p in g.parts])
+            raise no_adapter(self.name, rows, [p.tensor for g in plain.groups for p in g.parts])
         found = replace(plain, spared=frozenset(spared | untold))
         if not found.groups:
             raise refusal(
@@ -219,13 +227,25 @@ class LoRAPruning(StructuredCallback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Looks at the adapters, and refuses what could not be merged in the end."""
+        if self._merged:
+            raise refusal(
+                "The adapters were merged by an earlier fit",
+                where=self.name,
+                got="a second fit of one callback with merge=True",
+                allowed="one fit, or as many as you like with merge=False",
+                fix="use a new callback with new adapters; initial_sparsity='from_model' keeps "
+                "what is zero",
+            )
         if self._removed is None:
             rows = lora.lora_layers(pl_module)
             for row in rows:
                 row.check_dense("Pruning under adapters")
             if self.merge:
                 check_nothing_dropped(pl_module, rows)
+        self._attached = False
         super().on_fit_start(trainer, pl_module)
+        if self._timeline is None and self._stash is None:
+            check_budget(self.sparsity, zero_fraction(self._members.selected, self._shards))
         criterion = self.policy.criterion
         if isinstance(criterion, GuidedUnits):
             criterion.layout = self._layout
@@ -234,16 +254,38 @@ class LoRAPruning(StructuredCallback):
         self._rows = {r.weight_name: r for r in learning if r.weight_name in names}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Masks the adapters over single weights, with masks that will change."""
+        """Masks adapters over single weights that are pruned already."""
         super().on_train_start(trainer, pl_module)
         self._mask_adapters(pl_module)
 
     def _mask_adapters(self, module: L.LightningModule) -> None:
-        if self.units is None and self._rows and self.sparsity > 0:
-            masks = self._ready()
-            lora.attach(module, {name: masks[name] for name in self._rows})
+        """From the first pruned entry on; the masks change in place afterwards."""
+        masks = self._ready()
+        if self._attached or self.units is not None or not self._rows or masks.density == 1:
+            return
+        lora.attach(module, {name: masks[name] for name in self._rows})
+        self._attached = True
 
     # Training -----------------------------------------------------------------------------------
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Makes up an update that a checkpoint came between."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._mask_adapters(pl_module)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Updates the masks when it is time, and logs."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._mask_adapters(pl_module)
 
     def _show_gradients(
         self, observer: Observer, optimizer: torch.optim.Optimizer, scale: float
@@ -295,10 +337,25 @@ class LoRAPruning(StructuredCallback):
                 self._merge(pl_module)
         self._rows = {}
 
+    def _merge_adapters(self, module: L.LightningModule) -> None:
+        """Merges; what was pruned stays zero, and zeros that are there by chance need not."""
+        masks = self._ready()
+        lora.merge(module, dense=True)
+        for target in self._members.selected:
+            filled = count_true((target.local != 0) & ~masks[target.name])
+            if filled:
+                raise refusal(
+                    "Entries that were pruned are not zero after the merge",
+                    where=target.name,
+                    got=f"{filled} entries",
+                    allowed="none",
+                    fix="look for what writes into adapters or weights when training ends",
+                )
+
     def _merge(self, module: L.LightningModule) -> None:
         masks = self._ready()
         kept = {id(t.parameter): masks[t.name] for t in self._members.everything}
-        lora.merge(module)
+        self._merge_adapters(module)
         self._merged = True
         targets = select(module, frozen=True).targets  # under their plain names
         self._members = Members(tuple(t for t in targets if id(t.parameter) in kept))
@@ -308,7 +365,7 @@ class LoRAPruning(StructuredCallback):
         self._unhook()
         self._follow()  # a run resumed at its end had no training hook
         self._mask_adapters(pl_module)
-        lora.merge(pl_module)
+        self._merge_adapters(pl_module)
         if self._layout is None:
             compact_(pl_module)
         else:
@@ -331,65 +388,3 @@ class LoRAPruning(StructuredCallback):
 
 def _many(spared: int | float, layers: int) -> int:
     return int(spared * layers + 1e-9) if isinstance(spared, float) else min(spared, layers)
-
-
-def _check_arguments(
-    units: list[str] | None, allocation: object, merge: bool, compact: bool | None
-) -> None:
-    if units is not None and (not units or any(unit not in _KINDS for unit in units)):
-        raise refusal(
-            "Adapters tell of some kinds of units",
-            where="LoRAPruning(units=...)",
-            got=units,
-            allowed=", ".join(map(repr, _KINDS)) + ", or None for single weights",
-            fix="write units=['heads', 'ffn']",
-        )
-    if units is not None and allocation not in ("uniform", "global"):
-        raise refusal(
-            "Units are shared out in one of two ways",
-            where="LoRAPruning(units=..., allocation=...)",
-            got=allocation,
-            allowed="'uniform' or 'global'",
-            fix="leave it out for 'uniform'",
-        )
-    if compact not in (None, True, False):
-        raise refusal(
-            "Units are cut out when the fit ends, or not",
-            where="LoRAPruning(compact=...)",
-            got=compact,
-            allowed="True, False, or None for True with units",
-            fix="leave it out",
-        )
-    if compact and not merge:
-        raise refusal(
-            "Units are cut out of a model whose adapters are merged",
-            where="LoRAPruning(merge=False, compact=True)",
-            got="merge=False",
-            allowed="merge=True",
-            fix="leave merge out, or call lightning_prune.lora.merge and lightning_prune.compact "
-            "afterwards",
-        )
-
-
-def _check_spared(**given: object) -> None:
-    for name, value in given.items():
-        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-        if not whole and not (isinstance(value, float) and 0 <= value < 1):
-            raise refusal(
-                "Layers are spared by number or by share",
-                where=f"LoRAPruning({name}=...)",
-                got=value,
-                allowed="an integer >= 0, or a fraction in [0, 1)",
-                fix="write 0 to spare none, 0.1 for the first tenth",
-            )
-
-
-def _no_adapter(name: str, rows: Sequence[lora.LoRALayer], wanted: Sequence[str]) -> PruneError:
-    return refusal(
-        "No adapter that learns is on a layer that would be pruned",
-        where=name,
-        got="adapters that learn on " + (", ".join(r.path for r in rows[:3]) or "no layer"),
-        allowed="one on at least one of " + ", ".join(wanted[:3]),
-        fix="put adapters on the pruned layers: LoraConfig(target_modules='all-linear'); or let "
-        "them learn: PeftModel.from_pretrained(..., is_trainable=True)",
-    )

@@ -185,11 +185,10 @@ class RankIncreasingLoRA(L.Callback):
         names = [f"{row.path}.lora_A.{name}.weight" for row in rows for name in row.available]
         targets = select(pl_module, names, frozen=True).targets
         _check_owned(trainer, targets)
+        norms = self._norms.norms if self._norms is not None else {}
+        self._norms = InputNorms(rows, self.beta, norms)
         self._rows = rows
         self._counter.attach(trainer.optimizers, targets, self._after_step, targets)
-        norms = self._norms.norms if self._norms is not None else {}
-        self._norms = InputNorms(rows, self.beta)
-        self._norms.load(norms)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Goes on where a checkpoint was written."""

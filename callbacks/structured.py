@@ -272,6 +272,7 @@ class StructuredCallback(CompactingCallback):
 
     def _remove(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._unhook()
+        self._follow()  # a run that is resumed at its end had no training hook
         if self._layout is None:
             super()._remove(trainer, pl_module)
         else:

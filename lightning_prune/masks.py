@@ -23,7 +23,7 @@ def constant(shape: Sequence[int], device: torch.device | str | None = None) -> 
         >>> constant((2, 3)).untyped_storage().nbytes()
         1
     """
-    return torch.ones([1] * len(shape), dtype=torch.bool, device=device).expand(*shape)
+    return torch.ones([1] * len(shape), dtype=torch.bool, device=device).expand(tuple(shape))
 
 
 def _varying(mask: Tensor) -> Tensor:

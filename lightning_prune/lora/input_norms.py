@@ -45,13 +45,17 @@ class InputNorms:
     Args:
         rows: The layers; they get hooks.
         beta: Weight of the past, in [0, 1). The mean begins with the first step's norms.
+        norms: Means to go on from; see `load`.
     """
 
-    def __init__(self, rows: Sequence[LoRALayer], beta: float) -> None:
+    def __init__(
+        self, rows: Sequence[LoRALayer], beta: float, norms: Mapping[str, Tensor] | None = None
+    ) -> None:
         self._rows, self._beta = tuple(rows), beta
         self._squares: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self.norms: dict[str, Tensor] = {}
+        self.load(norms or {})
         for row in self._rows:
             self._handles.append(row.layer.register_forward_pre_hook(self._watch(row.path)))
 

@@ -29,8 +29,8 @@ def count(masks: dict[str, Tensor]) -> tuple[int, int]:
 
 
 def counted(callback: Any) -> tuple[int, int]:
-    """Pruned entries, and all, of what sparsity is a fraction of: with units, no biases."""
-    masks = callback.masks
+    """Pruned entries, and all, of what sparsity is a fraction of: no biases, no adapters."""
+    masks = {n: m for n, m in callback.masks.items() if "lora_" not in n}
     return count({n: m for n, m in masks.items() if m.dim() > 1 or not of_units(callback)})
 
 

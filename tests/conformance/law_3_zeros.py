@@ -301,6 +301,8 @@ def compiled(case: Case, folder: Path) -> None:
         with warnings.catch_warnings():
             # Dynamo 2.13 asks tensors inside the graph for their gradients.
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
+            # and makes an instance of the autograd functions that it traces.
+            warnings.filterwarnings("ignore", message=".*Function.* should not be instantiated")
             watch, _ = watched(case, model)
         watch.assert_zeros(*ALWAYS)
         assert set(watch.watched[0].masks) <= plain, "masks under other names"

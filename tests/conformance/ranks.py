@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from tests.conformance.lora_toy import LoRAToy, LoRAUnits
 from tests.conformance.mutants_of_runs import BROKEN_RANKS
 from tests.conformance.mutants_of_units import BROKEN_RANKS_OF_UNITS, unit_case
 from tests.conformance.ranks_of_units import REFUSED, SCENES
@@ -66,7 +67,16 @@ class ShardedSparse(Sharded, SparseToy):
     """The same, pruned."""
 
 
+class ShardedLoRA(Sharded, LoRAToy):
+    """The same, under adapters."""
+
+
+class ShardedLoRAUnits(Sharded, LoRAUnits):
+    """The same with units."""
+
+
 SHARDED = {Toy: Sharded, Units: ShardedUnits, SparseToy: ShardedSparse}
+SHARDED |= {LoRAToy: ShardedLoRA, LoRAUnits: ShardedLoRAUnits}
 
 
 def whole(parameter: Tensor, local: Tensor) -> Tensor:

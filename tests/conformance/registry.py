@@ -14,6 +14,7 @@ from typing import Any
 import lightning as L
 
 from lightning_prune import callbacks
+from tests.conformance.lora_toy import LoRAToy
 from tests.conformance.sparse_toy import SparseToy
 from tests.conformance.toy import Toy
 from tests.conformance.variants import VARIANTS
@@ -114,7 +115,7 @@ class Case:
     @property
     def has(self) -> frozenset[str]:
         """What checks can need besides arguments."""
-        given = {UNITS: "units" in self.defaults, CUT: bool(self.defaults.get("compact"))}
+        given = {UNITS: bool(self.defaults.get("units")), CUT: bool(self.defaults.get("compact"))}
         return frozenset(name for name, holds in given.items() if holds)
 
 
@@ -160,6 +161,19 @@ def check(
 ROWS: dict[str, Callable[[type[L.Callback]], Case]] = {
     "DynamicBatchLoading": lambda kind: Case(
         kind=kind, defaults={"reference_losses": {"web": 2.0, "code": 1.0}}
+    ),
+    "LoRAPruning": lambda kind: Case(
+        kind=kind,
+        defaults={
+            "sparsity": 0.5,
+            "start": 2,
+            "end": 8,
+            "every": 2,
+            "units": None,
+            "allocation": "global",
+            "merge": False,
+        },
+        model=LoRAToy,
     ),
     "SparseRetraining": lambda kind: Case(kind=kind, defaults={"adapters": None}, model=SparseToy),
 }

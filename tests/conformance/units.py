@@ -16,6 +16,7 @@ from tests.conformance.toy import Toy
 __all__ = ["LAYERS", "Units", "assert_largest", "assert_left", "whole"]
 
 WIDTH, HEADS, LAYERS = 16, 4, 2
+_A, _B = "lora_A.default.weight", "lora_B.default.weight"
 HEAD, NEURON = 4 * WIDTH * (WIDTH // HEADS), 2 * WIDTH  # weights of one
 
 
@@ -53,7 +54,7 @@ class Units(Toy):
 
 def whole(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Which heads and neurons of each layer are kept; all of a unit goes, or nothing of it."""
-    found, left = {}, dict(masks)
+    found, left = {}, {name.replace(".base_layer", ""): mask for name, mask in masks.items()}
     for layer in range(LAYERS):
         path = f"net.bert.encoder.layer.{layer}"
         rows = [f"{path}.attention.self.{part}" for part in ("query", "key", "value")]
@@ -65,6 +66,9 @@ def whole(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 continue
             parts = [left.pop(f"{name}.{what}") for name in into for what in ("weight", "bias")]
             parts.append(left.pop(f"{back}.weight").T)
+            # of adapters, the rows of B and the columns of A
+            parts += [left.pop(n) for n in [f"{i}.{_B}" for i in into] if n in left]
+            parts += [left.pop(n).T for n in [f"{back}.{_A}"] if n in left]
             seen = [part.reshape(len(part) // size, -1) for part in parts]
             kept = seen[0].any(1)
             for part in seen:

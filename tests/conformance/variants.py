@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.conformance.lora_toy import LoRAToy, LoRAUnits
 from tests.conformance.units import Units
 
 __all__ = ["VARIANTS"]
@@ -26,6 +27,7 @@ def _units(variant: str, only: tuple[str, ...], why: str, **changed: Any) -> dic
     }
 
 
+_OF_LORA = "Only what units are, and their scores, is new beside single weights; see"
 _OF_CUTS = ("1-names_after_a_cut", "2-units_cut", "6-cut_as_masked")
 
 # By the class's name.
@@ -70,5 +72,56 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         ),
         _units("cut", _OF_CUTS, _CUT, compact=True),
         _units("early", _OF_CUTS, _CUT, compact="early"),
+    ],
+    "LoRAPruning": [
+        _units(
+            "units",
+            (
+                "1-live",
+                "2-every_step_is_logged",
+                "2-units_follow_the_schedule",
+                "2-units_of_any_sparsity",
+                "3-accumulation",
+                "3-averages",
+                "3-checkpoints",
+                "3-skipped_steps",
+                "4-adamw",
+                "4-checkpoint_before_an_update",
+                "4-plain_contents",
+                "5-ddp",
+                "5-ddp, accumulation, clipping",
+                "5-disturbed",
+                "5-fsdp2",
+                "6-after_an_exception",
+                "6-after_fit",
+                "7-before_it_begins",
+                "7-sparsity_zero",
+                "8-units_that_cannot_go",
+                "8-weights_that_are_not_finite",
+                "9-units_of_two_callbacks",
+            ),
+            _OF_LORA,
+            merge=False,
+            spare_last=0,
+        )
+        | {"model": LoRAUnits, "laws": {}},
+        {
+            "variant": "merged",
+            "defaults": {"sparsity": 0.5, "start": 2, "end": 8, "every": 2}
+            | {"units": None, "allocation": "global"},
+            "model": LoRAToy,
+            "only": (
+                "2-any_sparsity",
+                "2-n_of_m",
+                "3-accumulation",
+                "3-optimizers",
+                "3-precisions",
+                "3-skipped_steps",
+                "4-checkpoint_before_an_update",
+                "4-every_step",
+                "4-plain_contents",
+            ),
+            "why": "Only names change when the fit ends; see LoRAPruning, and test_lora_pruning.py",
+        },
     ],
 }

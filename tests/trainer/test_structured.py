@@ -139,6 +139,24 @@ def test_resume_is_exact_around_a_removal_in_mid_run(tmp_path, make):
     assert saved == 10
 
 
+class SaveAtTheEnd(L.Callback):
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.file = file
+
+    def on_train_end(self, trainer, pl_module):
+        trainer.save_checkpoint(self.file)
+
+
+def test_a_run_that_is_resumed_at_its_end_is_cut(tmp_path):
+    file, straight, resumed = tmp_path / "end.ckpt", Module(make=llama), Module(make=llama, seed=1)
+    train(straight, pruner(compact=True), SaveAtTheEnd(file))
+    callback = pruner(compact=True)
+    train(resumed, callback, ckpt_path=file)
+    assert same_bits(weights(resumed), weights(straight))
+    assert callback._actual == pytest.approx(0.5, abs=0.05)
+
+
 def test_training_goes_on_after_a_removal_as_it_would_have_with_masks():
     small, masked = Module(), Module()
     train(small, pruner(compact="early", end=6))
