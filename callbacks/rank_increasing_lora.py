@@ -16,6 +16,7 @@ from lightning_prune.callbacks.checks import check_strategy, check_trainer
 from lightning_prune.callbacks.state import check_checkpoint
 from lightning_prune.callbacks.steps import StepCounter
 from lightning_prune.errors import PruneError, refusal
+from lightning_prune.flags import count_true
 from lightning_prune.lora.growing_ranks import add_adapters, learning_head, ranks_by_depth
 from lightning_prune.lora.input_norms import InputNorms, prune_rows_
 from lightning_prune.lora.wrappers import check_nothing_dropped
@@ -24,6 +25,7 @@ from lightning_prune.targets import Target, as_globs, select
 __all__ = ["RankIncreasingLoRA"]
 
 _VERSION = 1
+_SPARSE = 0.01  # the share of zeros from which a weight counts as pruned
 _NO_MASKS = "It prunes adapters now and then, keeps no masks and makes no weight sparse"
 _TEST = "The suite has no transformers model: tests/trainer/test_rank_increasing_"
 
@@ -220,7 +222,7 @@ class RankIncreasingLoRA(L.Callback):
         """Lets go of the model; merges if asked to."""
         self._release(pl_module)
         if self.merge:
-            lora.merge(pl_module)
+            lora.merge(pl_module, dense=True)  # what is sparse has been refused
             self._merged = True
 
     def on_exception(
@@ -313,13 +315,15 @@ def _check_owned(trainer: L.Trainer, targets: Sequence[Target]) -> None:
 
 
 def _check_dense(rows: Sequence[lora.LoRALayer]) -> None:
+    """Refuses sparse weights. A few zeros are no sparsity: rounding to few bits makes some."""
     for row in rows:
-        if row.mask is None and bool((row.weight == 0).any()):
+        zeros = count_true(row.weight.detach() == 0)
+        if row.mask is None and zeros >= _SPARSE * row.weight.numel():
             raise refusal(
-                "The merge would fill zeros of a weight",
+                "The merge would fill the zeros of a sparse weight",
                 where=row.weight_name,
-                got=f"{int((row.weight == 0).sum())} zeros, and merge=True",
-                allowed="weights without zeros, or merge=False",
+                got=f"{zeros / row.weight.numel():.2%} zeros, and merge=True",
+                allowed=f"less than {_SPARSE:.0%} zeros, or merge=False",
                 fix="leave merge out, and call lightning_prune.lora.merge(model, dense=True) "
                 "after the fit to let the zeros go; for a pruned model use SparseRetraining",
             )

@@ -285,6 +285,22 @@ def test_what_is_merged_and_cut_says_what_the_adapted_network_said(name, units):
     assert (removals_of(module) is not None) == bool(units)
 
 
+@pytest.mark.parametrize("units", [["heads", "ffn"], None], ids=str)
+def test_zeros_that_are_there_by_chance_do_not_stop_the_merge(units):
+    """Weights that were rounded to few bits have some."""
+    module, before = Module("llama"), Before()
+    with torch.no_grad():
+        for _, weight in module.net.named_parameters():
+            if weight.dim() > 1:
+                weight.view(-1)[::97] = 0.0
+    train(module, pruner(units=units), before)
+    module.eval()
+    with torch.no_grad():
+        expected, found = nets.outputs(before.net, "llama"), nets.outputs(module.net, "llama")
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
+    assert not [n for n, _ in module.named_modules() if "lora_" in n]
+
+
 @pytest.mark.parametrize("name", nets.NAMES)
 def test_the_small_model_is_saved_and_comes_back(name, tmp_path):
     module = Module(name)
