@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.lora.layers import LoRALayer
-from lightning_prune.lora.low_rank import low_rank
-from lightning_prune.lora.variants import turned
+from lightning_prune.lora.low_rank import with_low_rank
 
 __all__ = ["effective_weight"]
 
@@ -38,12 +37,12 @@ def effective_weight(row: LoRALayer) -> Tensor:
     """
     row.check_dense("An effective weight")
     weight = row.weight.detach()
-    found = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    found = weight.to(torch.promote_types(weight.dtype, torch.float32))
     for adapter in row.adapters:
         variant = row.variant(adapter)
         if variant is None:
             a, b = row.matrices(adapter)
-            found = found + turned(row.layer, low_rank(a, b, row.scaling[adapter]))
+            found = with_low_rank(found, a, b, row.scaling[adapter], turned=row.fan_in_fan_out)
         else:
             found = variant.weight(row.layer, adapter, found)
-    return found
+    return found.clone() if found.data_ptr() == weight.data_ptr() else found

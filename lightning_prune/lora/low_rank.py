@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["factored_linear", "low_rank"]
+__all__ = ["factored_linear", "low_rank", "with_low_rank"]
 
 
 def low_rank(
@@ -43,6 +43,32 @@ def low_rank(
         found = b_OR.to(kind) @ a_RI.to(kind)
         found = found if scaling == 1 else found * scaling
         return found if factor_OI is None else found * factor_OI
+
+
+def with_low_rank(
+    weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scaling: float, *, turned: bool = False
+) -> Tensor:
+    """``weight + scaling * B A`` as a new tensor, in one pass over the weight.
+
+    Args:
+        weight_OI: float32 or float64; (I, O) if ``turned``.
+        a_RI: The first matrix.
+        b_OR: The second one.
+        scaling: What the product is multiplied by.
+        turned: Whether the weight lies as transformers' Conv1D has it.
+
+    Returns:
+        Of the weight's shape, in float32, or float64 if anything is.
+
+    Example:
+        >>> with_low_rank(torch.ones(1, 2), torch.ones(1, 2), torch.ones(1, 1), 3.0)
+        tensor([[4., 4.]])
+    """
+    kind = torch.promote_types(weight_OI.dtype, torch.promote_types(a_RI.dtype, torch.float32))
+    a_RI, b_OR, weight_OI = a_RI.to(kind), b_OR.to(kind), weight_OI.to(kind)
+    left, right = (a_RI.t(), b_OR.t()) if turned else (b_OR, a_RI)
+    with _no_autocast(a_RI):
+        return torch.addmm(weight_OI, left, right, alpha=scaling)
 
 
 def factored_linear(
