@@ -363,7 +363,6 @@ class LoRAPruning(StructuredCallback):
 
     def _remove(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._unhook()
-        self._follow()  # a run resumed at its end had no training hook
         self._mask_adapters(pl_module)
         self._merge_adapters(pl_module)
         if self._layout is None:

@@ -272,7 +272,6 @@ class StructuredCallback(CompactingCallback):
 
     def _remove(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._unhook()
-        self._follow()  # a run that is resumed at its end had no training hook
         if self._layout is None:
             super()._remove(trainer, pl_module)
         else:
@@ -301,6 +300,7 @@ class StructuredCallback(CompactingCallback):
 
     def _restore(self, state: dict[str, Any]) -> None:
         super()._restore(state)
+        self._follow()  # a run that is resumed at its end has no training hook
         if self._activity is not None and "activity" in state:
             self._activity.load_state_dict(state["activity"])
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ def seen_apart(rank: int) -> dict[str, Any]:
 
 
 def main(rank: int, folder: Path) -> None:
+    os.environ.pop("PL_GLOBAL_SEED", None)  # another test's, from which DDP would draw A
     found: dict[str, Any] = {
         name: run(Task, rank, 2, **settings, **parallel()) for name, settings in SCENES.items()
     }
