@@ -12,7 +12,7 @@ from lightning_prune.anatomy.adapted import adapted_layers, without_adapters
 from lightning_prune.errors import refusal
 from lightning_prune.targets import is_transposed_linear, select
 
-__all__ = ["add_adapters", "learning_head", "ranks_by_depth"]
+__all__ = ["add_adapters", "is_linear", "learning_head", "ranks_by_depth"]
 
 _NUMBERED = re.compile(r"^(.*?)\.?(?<![^.])(\d+)\.")
 
@@ -52,7 +52,7 @@ def ranks_by_depth(
         for target in select(network, targets, exclude, frozen=True).targets:
             path, _, leaf = target.name.rpartition(".")
             found = _NUMBERED.match(path + ".")
-            if leaf == "weight" and found and _is_linear(network.get_submodule(path)):
+            if leaf == "weight" and found and is_linear(network.get_submodule(path)):
                 places[path] = (found[1], int(found[2]))
     if not places:
         raise refusal(
@@ -149,5 +149,6 @@ def learning_head(network: nn.Module, wanted: bool | None) -> list[tuple[nn.Para
     return [(p, (p.requires_grad and not speaks) if wanted is None else wanted) for p in head]
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a Linear, or transformers' Conv1D."""
     return isinstance(module, nn.Linear) or is_transposed_linear(module)

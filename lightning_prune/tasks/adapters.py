@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from lightning_prune.errors import refusal
-from lightning_prune.targets import is_transposed_linear, select
+from lightning_prune.lora.growing_ranks import is_linear
+from lightning_prune.targets import select
 
 __all__ = ["add_lora"]
 
@@ -32,8 +34,10 @@ def add_lora(network: nn.Module, settings: Mapping[str, Any], *, head: bool) -> 
     paths = [t.name.rpartition(".")[0] for t in selection.targets]
     learned = {id(p) for p in network.parameters() if p.requires_grad}
     try:
-        linears = [path for path in paths if _is_linear(network.get_submodule(path))]
-        config = LoraConfig(**{"target_modules": linears} | dict(settings))
+        linears = [path for path in paths if is_linear(network.get_submodule(path))]
+        # a text is a pattern of whole paths; peft takes a list as ends of paths
+        whole = "|".join(map(re.escape, linears))
+        config = LoraConfig(**{"target_modules": whole} | dict(settings))
         inject_adapter_in_model(config, network)
     except (TypeError, ValueError) as error:
         raise refusal(
@@ -46,7 +50,3 @@ def add_lora(network: nn.Module, settings: Mapping[str, Any], *, head: bool) -> 
     for path in heads if head else ():
         for parameter in network.get_submodule(path).parameters():
             parameter.requires_grad_(id(parameter) in learned)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_transposed_linear(module)
