@@ -14,7 +14,7 @@ import lightning_prune
 from lightning_prune.anatomy import survey
 from lightning_prune.removal import removals_of
 from lightning_prune.unit_layout import Layout
-from tests.conformance.law_4_resume import SaveAlways, resumes_everywhere
+from tests.conformance.law_4_resume import SaveAlways
 from tests.conformance.toy import batches, train
 from tests.conformance.watch import copied, same_bits, weights
 from tests.refusals import refused
@@ -116,45 +116,6 @@ def test_a_shape_that_no_config_can_say_comes_back_by_manifest(tmp_path):
 
 
 # Laws -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("criterion", ["magnitude", "taylor", "activation"])
-@pytest.mark.parametrize("units", [["heads", "ffn"], ALL])
-def test_resume_is_exact_at_every_step(tmp_path, units, criterion):
-    saved = resumes_everywhere(
-        tmp_path,
-        lambda seed: Module(seed=seed),
-        lambda: [pruner(units=units, criterion=criterion, compact=units == ALL)],
-    )
-    assert saved == 10
-
-
-@pytest.mark.parametrize("make", [bert, llama])
-def test_resume_is_exact_around_a_removal_in_mid_run(tmp_path, make):
-    saved = resumes_everywhere(
-        tmp_path,
-        lambda seed: Module(seed=seed, make=make),
-        lambda: [pruner(units=ALL, compact="early", end=6)],
-    )
-    assert saved == 10
-
-
-class SaveAtTheEnd(L.Callback):
-    def __init__(self, file: Path) -> None:
-        super().__init__()
-        self.file = file
-
-    def on_train_end(self, trainer, pl_module):
-        trainer.save_checkpoint(self.file)
-
-
-def test_a_run_that_is_resumed_at_its_end_is_cut(tmp_path):
-    file, straight, resumed = tmp_path / "end.ckpt", Module(make=llama), Module(make=llama, seed=1)
-    train(straight, pruner(compact=True), SaveAtTheEnd(file))
-    callback = pruner(compact=True)
-    train(resumed, callback, ckpt_path=file)
-    assert same_bits(weights(resumed), weights(straight))
-    assert callback._actual == pytest.approx(0.5, abs=0.05)
 
 
 def test_training_goes_on_after_a_removal_as_it_would_have_with_masks():
@@ -310,41 +271,6 @@ def test_a_checkpoint_of_a_deeper_model_changes_nothing(tmp_path):
     with refused(what="another size"):
         train(deeper, pruner(units="ffn", compact="early", end=6), ckpt_path=tmp_path / "8.ckpt")
     assert sum(p.numel() for p in deeper.parameters()) == size
-
-
-class Late(Module):
-    """Makes its network when the Trainer asks for it."""
-
-    def __init__(self, **settings) -> None:
-        super().__init__(**settings)
-        del self.net
-
-    def configure_model(self) -> None:
-        if not hasattr(self, "net"):
-            self.net = Module().net
-
-
-def test_a_network_that_is_made_late_is_cut_and_resumed(tmp_path):
-    saved = resumes_everywhere(
-        tmp_path,
-        lambda seed: Late(seed=seed),
-        lambda: [pruner(compact="early", end=6)],
-    )
-    assert saved == 10
-
-
-def test_a_model_that_was_cut_before_is_cut_again_and_resumed(tmp_path):
-    def once() -> torch.nn.Module:
-        net = bert()
-        lightning_prune.remove(net, lightning_prune.plan_removal(net, 0.2, "ffn", uniform=True))
-        return net
-
-    saved = resumes_everywhere(
-        tmp_path,
-        lambda seed: Module(seed=0, make=once),
-        lambda: [pruner(compact="early", end=6, sparsity=0.3)],
-    )
-    assert saved == 10
 
 
 def test_activation_refuses_weights_and_a_first_cut_without_batches():
