@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lightning_prune.errors import refusal
-from lightning_prune.gates.ties import Tie
 from lightning_prune.targets import Target
 
 __all__ = [
@@ -79,21 +78,22 @@ def check_trainer_of_gates(
         )
 
 
-def check_gradients(
-    callback: str, ties: Mapping[str, Sequence[Tie]], targets: Sequence[Target]
-) -> None:
-    """Refuses gates that stand on frozen weights alone, so that no gradient would reach them."""
-    learning = {t.name for t in targets if t.parameter.requires_grad}
-    gates = [(tie.group, tie.whole, name in learning) for name in ties for tie in ties[name]]
-    reached = {(group, number) for group, number, learns in gates if learns}
-    still = list(dict.fromkeys(group for group, n, _ in gates if (group, n) not in reached))
-    if still:
+def check_gradients(callback: str, single: str | None, targets: Sequence[Target]) -> None:
+    """Refuses gates on frozen weights or rows, which no activation tells apart.
+
+    Args:
+        callback: Its name.
+        single: What each has a gate: "weights", "rows", or None for units.
+        targets: All under gates.
+    """
+    still = [t.name for t in targets if not t.parameter.requires_grad]
+    if single is not None and still:
         raise refusal(
-            "Gates learn from the gradients of their weights, which frozen weights have not",
+            f"Gates on {single} learn from their gradients, which frozen weights have not",
             where=still[0] + (f" and {len(still) - 1} more" if len(still) > 1 else ""),
-            got=f"requires_grad=False under {callback}, where gates stand",
-            allowed="weights that require gradients",
-            fix="leave requires_grad on",
+            got=f"requires_grad=False under {callback}(units={single!r})",
+            allowed="weights that require gradients; of transformers models, units",
+            fix="leave requires_grad on, or write units=['heads', 'ffn']",
         )
 
 

@@ -21,12 +21,13 @@ from lightning_prune.callbacks.gate_checks import (
     check_trainer_of_gates,
 )
 from lightning_prune.callbacks.gate_settings import GateSettings
-from lightning_prune.callbacks.observing import loss_scale, will_skip
+from lightning_prune.callbacks.gated_steps import GatedSteps
 from lightning_prune.callbacks.settings import Budget, Settings
 from lightning_prune.callbacks.structured import StructuredCallback
 from lightning_prune.criteria.locations import Locations
 from lightning_prune.followers import Members
 from lightning_prune.gate_budgets import ExpectedSize, budget_of
+from lightning_prune.gates.activation_slopes import ActivationSlopes
 from lightning_prune.gates.gated import Gated
 from lightning_prune.gates.places import Shapes, Ties, single_ties, unit_ties
 from lightning_prune.patterns import as_pattern
@@ -92,6 +93,7 @@ class HardConcretePruning(StructuredCallback):
         >>> trainer = L.Trainer(callbacks=[HardConcretePruning(sparsity=0.9)])
     """
 
+    under_adapters = True
     laws: ClassVar[dict[int | str, str]] = {
         "3-averages": _AVERAGES,
         "3-stochastic_averages": _AVERAGES,
@@ -159,9 +161,8 @@ class HardConcretePruning(StructuredCallback):
             test_gate=test_gate,
             seed=seed,
         )
-        self._gated: Gated | None = None
+        self._steps: GatedSteps | None = None
         self._window = (0, 0, 0)  # the steps at which gates begin, the ramp ends, gates end
-        self._opened: set[str] = set()
         self._module: L.LightningModule | None = None
         self._size: ExpectedSize | None = None
         self._scores = Locations()
@@ -174,6 +175,10 @@ class HardConcretePruning(StructuredCallback):
             uniform=uniform or target_shape is not None,
             compact=compact,
         )
+
+    @property
+    def _gated(self) -> Gated | None:
+        return None if self._steps is None else self._steps.gated
 
     @property
     def gates(self) -> dict[str, Tensor]:
@@ -228,7 +233,8 @@ class HardConcretePruning(StructuredCallback):
         self._module = pl_module
         check_trainer_of_gates(self.name, averages_weights(trainer), self._targets, self.sparsity)
         if self._removed is None and not self.finished:
-            check_gradients(self.name, self._places()[0], self._targets)
+            self._places()  # refuses kinds that nothing stands for, long before gates begin
+            check_gradients(self.name, self.single, self._targets)
         if self._gated is not None:  # its parameters may lie elsewhere now, and hold other weights
             self._make_gates(self._gated.carried({t.name: t.local for t in self._targets}))
         save_instead(pl_module, self._saved)
@@ -257,10 +263,16 @@ class HardConcretePruning(StructuredCallback):
         self._size = ExpectedSize(lambda: self.policy, self._members.selected)
         multipliers = partial(self.gating.multipliers, self._window)
         budget = budget_of(self.policy, self._size, self.sparsity, shapes, multipliers)
-        self._gated = Gated(self.gating.gating(self._window), parameters, ties, shapes, budget)
+        if self._steps is not None:
+            self._steps.close()
+        still = [t.name for t in self._targets if t.name in ties and not t.parameter.requires_grad]
+        slopes = ActivationSlopes(self._module, ties, still) if still and self._module else None
+        told = () if slopes is None else slopes.told
+        gated = Gated(self.gating.gating(self._window), parameters, ties, shapes, budget, told)
         if state is not None:
-            self._gated.load_state_dict(state)
-        return self._gated
+            gated.load_state_dict(state)
+        self._steps = GatedSteps(gated, slopes)
+        return gated
 
     # Training -----------------------------------------------------------------------------------
 
@@ -274,11 +286,10 @@ class HardConcretePruning(StructuredCallback):
 
     def _show(self, gates: Mapping[str, Tensor] | None = None) -> None:
         """Puts gates into the network; None = those of the step."""
-        if self._gated is None:
+        if self._steps is None:
             return
-        shown = self._gated.sampled(self.step) if gates is None else gates
-        self._gated.show(shown)
-        self._opened.clear()
+        shown = self._steps.gated.sampled(self.step) if gates is None else gates
+        self._steps.show(shown)
         for name, kept in self._kept.items():
             kept.copy_(shown[name] > 0)
 
@@ -290,23 +301,13 @@ class HardConcretePruning(StructuredCallback):
     ) -> None:
         """Takes the gates' gradients, and makes the weights raw for the step."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        if self._gated is None or self.finished or will_skip(trainer, optimizer):
-            return
-        scale = loss_scale(trainer, optimizer)
-        for target in self._counter.owned(optimizer):
-            if target.name in self._gated.raw:
-                if target.parameter.grad is not None:
-                    self._gated.observe(target.name, target.parameter.grad, scale)
-                self._gated.open(target.name)
-                self._opened.add(target.name)
+        if self._steps is not None and not self.finished:
+            self._steps.before(trainer, optimizer, self._counter.owned(optimizer))
 
     def _after_step(self, targets: tuple[Target, ...]) -> None:
-        if self._gated is None or self.finished:
+        if self._steps is None or self.finished:
             return super()._after_step(targets)
-        for target in targets:
-            if target.name in self._opened:
-                self._gated.keep(target.name)
-        self._gated.learn(self.step - 1, self.progress)  # whose gates the gradients are of
+        self._steps.after(targets, self.step - 1, self.progress)
         self._show()
         return None
 
@@ -319,8 +320,7 @@ class HardConcretePruning(StructuredCallback):
         batch_idx: int,
     ) -> None:
         """Puts gates back where an optimizer has made no step after all."""
-        if self._gated is not None and self._opened:
-            self._gated.forget()
+        if self._steps is not None and self._steps.left_out():
             self._show()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -340,9 +340,10 @@ class HardConcretePruning(StructuredCallback):
         self._forget()
 
     def _forget(self) -> None:
-        self._gated = self._size = None
+        if self._steps is not None:
+            self._steps.close()
+        self._steps = self._size = None
         self._scores.given = {}
-        self._opened.clear()
         if isinstance(self.policy, UnitPolicy):
             self.policy = replace(self.policy, given=None)
 
@@ -357,8 +358,9 @@ class HardConcretePruning(StructuredCallback):
             self._show()
 
     def _release(self) -> None:
-        if self._gated is not None and self._module is not None:
-            self._show(self._gated.certain())
+        if self._steps is not None and self._module is not None:
+            self._show(self._steps.gated.certain())
+            self._steps.close()
         if self._module is not None:
             save_as_is(self._module)
         self._module = None

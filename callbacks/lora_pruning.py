@@ -11,7 +11,6 @@ import torch
 
 from lightning_prune import lora
 from lightning_prune.allocation import Allocation, as_allocation
-from lightning_prune.anatomy import survey
 from lightning_prune.callbacks.guided_scores import GuidedUnits, GuidedWeights
 from lightning_prune.callbacks.lora_pruning_checks import (
     check_arguments,
@@ -19,16 +18,15 @@ from lightning_prune.callbacks.lora_pruning_checks import (
     check_spared,
     no_adapter,
 )
+from lightning_prune.callbacks.merging import check_mergeable, merge_adapters, remove_units
 from lightning_prune.callbacks.settings import Settings
 from lightning_prune.callbacks.structured import StructuredCallback
 from lightning_prune.criteria import Observer
 from lightning_prune.errors import refusal
-from lightning_prune.flags import count_true
 from lightning_prune.followers import Members
-from lightning_prune.lora.wrappers import check_nothing_dropped
 from lightning_prune.masks import MaskSet, zero_fraction
 from lightning_prune.patterns import Pattern, as_pattern
-from lightning_prune.removal import RemovalPlan, compact_, remove
+from lightning_prune.removal import compact_
 from lightning_prune.schedules import Schedule, as_schedule
 from lightning_prune.targets import Excluded, Selection, as_globs, select
 from lightning_prune.unit_layout import Layout
@@ -237,11 +235,7 @@ class LoRAPruning(StructuredCallback):
                 "what is zero",
             )
         if self._removed is None:
-            rows = lora.lora_layers(pl_module)
-            for row in rows:
-                row.check_dense("Pruning under adapters")
-            if self.merge:
-                check_nothing_dropped(pl_module, rows)
+            check_mergeable(lora.lora_layers(pl_module), pl_module if self.merge else None)
         self._attached = False
         super().on_fit_start(trainer, pl_module)
         if self._timeline is None and self._stash is None:
@@ -337,25 +331,10 @@ class LoRAPruning(StructuredCallback):
                 self._merge(pl_module)
         self._rows = {}
 
-    def _merge_adapters(self, module: L.LightningModule) -> None:
-        """Merges; what was pruned stays zero, and zeros that are there by chance need not."""
-        masks = self._ready()
-        lora.merge(module, dense=True)
-        for target in self._members.selected:
-            filled = count_true((target.local != 0) & ~masks[target.name])
-            if filled:
-                raise refusal(
-                    "Entries that were pruned are not zero after the merge",
-                    where=target.name,
-                    got=f"{filled} entries",
-                    allowed="none",
-                    fix="look for what writes into adapters or weights when training ends",
-                )
-
     def _merge(self, module: L.LightningModule) -> None:
         masks = self._ready()
         kept = {id(t.parameter): masks[t.name] for t in self._members.everything}
-        self._merge_adapters(module)
+        merge_adapters(module, masks, self._members.selected)
         self._merged = True
         targets = select(module, frozen=True).targets  # under their plain names
         self._members = Members(tuple(t for t in targets if id(t.parameter) in kept))
@@ -364,12 +343,11 @@ class LoRAPruning(StructuredCallback):
     def _remove(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._unhook()
         self._mask_adapters(pl_module)
-        self._merge_adapters(pl_module)
+        merge_adapters(pl_module, self._ready(), self._members.selected)
         if self._layout is None:
             compact_(pl_module)
         else:
-            anatomy = survey(pl_module, stream=False)
-            remove(pl_module, RemovalPlan.of(anatomy, self._kept))
+            remove_units(pl_module, self._kept)
 
     # State --------------------------------------------------------------------------------------
 

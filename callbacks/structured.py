@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -14,15 +14,23 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.allocation import Allocation, Global
 from lightning_prune.anatomy import survey
+from lightning_prune.anatomy.adapted import adapted_layers
 from lightning_prune.anatomy.kinds import TRANSFORMER_KINDS
 from lightning_prune.anatomy.networks import network_in
 from lightning_prune.callbacks.activity import Activity
 from lightning_prune.callbacks.compacting import CompactingCallback
+from lightning_prune.callbacks.merging import (
+    check_mergeable,
+    check_not_early,
+    merge_adapters,
+    remove_units,
+)
 from lightning_prune.callbacks.settings import Settings
 from lightning_prune.criteria import Criterion, Observer
 from lightning_prune.criteria.activation import Activation
 from lightning_prune.errors import refusal
 from lightning_prune.followers import Members
+from lightning_prune.lora import lora_layers
 from lightning_prune.masks import constant
 from lightning_prune.patterns import Unstructured
 from lightning_prune.removal import RemovalPlan, remove
@@ -48,6 +56,8 @@ class StructuredCallback(CompactingCallback):
         uniform: Whether all layers keep as many.
         compact: See `CompactingCallback`; without units, "early" is refused.
     """
+
+    under_adapters: ClassVar[bool] = False  # whether weights that LoRA has frozen go with units
 
     def __init__(
         self,
@@ -140,7 +150,12 @@ class StructuredCallback(CompactingCallback):
         """What this callback would prune in a model, and what not and why."""
         if self.units is None or self._removed is not None:
             return super().selection(model)
+        self._look_under_adapters(model)
         return self._within(model, self._lay_out(model))
+
+    def _look_under_adapters(self, model: torch.nn.Module) -> None:
+        if self.under_adapters and adapted_layers(model):
+            self.settings = replace(self.settings, frozen=True)
 
     def _within(self, model: torch.nn.Module, layout: Layout) -> Selection:
         plain = super().selection(model)
@@ -159,6 +174,7 @@ class StructuredCallback(CompactingCallback):
             return Members(())
         if self.units is None:
             return super().members(model)
+        self._look_under_adapters(model)
         layout = self._lay_out(model)
         if "hidden" in self.units:
             self._check_outside(model, layout)
@@ -203,6 +219,9 @@ class StructuredCallback(CompactingCallback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Attaches what masks on weights cannot stand for: skipped layers, norms of fewer."""
+        if self.under_adapters and self.units is not None and adapted_layers(pl_module):
+            check_mergeable(lora_layers(pl_module), pl_module if self.compact else None)
+            check_not_early(self.name, self.compact)
         super().on_fit_start(trainer, pl_module)
         members = self._members
         if isinstance(members, UnitMembers) and members.layout is not None:
@@ -274,6 +293,9 @@ class StructuredCallback(CompactingCallback):
         self._unhook()
         if self._layout is None:
             super()._remove(trainer, pl_module)
+        elif adapted_layers(pl_module):
+            merge_adapters(pl_module, self._ready(), self._members.selected)
+            remove_units(pl_module, self._kept)
         else:
             plan = RemovalPlan.of(self._layout.anatomy, self._kept)
             remove(pl_module, plan, optimizers=trainer.optimizers)

@@ -70,11 +70,17 @@ def with_adapters(anatomy: Anatomy, network: nn.Module) -> Anatomy:
                 found += _of_adapters(path, layers[path], part)
         return tuple(found)
 
+    def written(tensor: str) -> list[str]:
+        """A weight in front of the stream, and what its adapters write there."""
+        path, _, leaf = tensor.rpartition(".")
+        more = _matrices(path, layers[path], "B") if path in layers and leaf == "weight" else []
+        return [named(tensor), *more]
+
     def site(given: Site) -> Site:
         return replace(
             given,
             handed=tuple(map(named, given.handed)),
-            silent_if=tuple(map(named, given.silent_if)),
+            silent_if=tuple(n for tensor in given.silent_if for n in written(tensor)),
         )
 
     def group(given: Group) -> Group:
@@ -103,10 +109,12 @@ def _of_adapters(path: str, layer: Any, part: Part) -> list[Part]:
     """What a unit owns of A and B, where it owns a part of the weight under them."""
     outputs = (part.dim == 1) == is_transposed_linear(layer.base_layer)
     letter, dim = ("B", 0) if outputs else ("A", 1)
+    return [Part(tensor=n, dim=dim, index=part.index) for n in _matrices(path, layer, letter)]
+
+
+def _matrices(path: str, layer: Any, letter: str) -> list[str]:
+    """Names of the matrices A or B of all adapters of a layer, biases included."""
     matrices: dict[str, Any] = dict(getattr(layer, f"lora_{letter}").items())
     names = [f"{name}.weight" for name in matrices]
-    if outputs:
-        names += [f"{name}.bias" for name, m in matrices.items() if m.bias is not None]
-    return [
-        Part(tensor=f"{path}.lora_{letter}.{name}", dim=dim, index=part.index) for name in names
-    ]
+    names += [f"{name}.bias" for name, m in matrices.items() if m.bias is not None]
+    return [f"{path}.lora_{letter}.{name}" for name in names]

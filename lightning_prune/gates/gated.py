@@ -7,7 +7,7 @@ and the step alone, so that every rank draws the same and a resumed run goes on 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,6 +51,7 @@ class Gated:
         ties: What multiplies each of them, by name.
         shapes: Shapes of the groups of gates, by name.
         budget: What presses on them.
+        told: Parameters of which the gates hear otherwise, by `tell`, and not from their gradients.
 
     Attributes:
         raw: Copies of the parameters without gates, by name.
@@ -65,8 +66,9 @@ class Gated:
         ties: Mapping[str, Sequence[Tie]],
         shapes: Mapping[str, Sequence[int]],
         budget: Budget,
+        told: Collection[str] = (),
     ) -> None:
-        self._gating = gating
+        self._gating, self._told = gating, frozenset(told)
         self._parameters = {n: p.detach() for n, p in parameters.items() if n in ties}
         self.raw = {n: p.clone() for n, p in self._parameters.items()}
         device = next(iter(self.raw.values())).device
@@ -160,15 +162,32 @@ class Gated:
             gradient: Overwritten.
             scale: What a gradient scaler has multiplied the loss by.
         """
-        product = gradient.float() * self.raw[name].float()
-        if scale != 1:
-            product /= scale
-        for group, slope in gate_gradients(self._ties[name], self._shown, product).items():
-            seen = self._gradients.get(group)
-            self._gradients[group] = slope if seen is None else seen + slope
+        if name not in self._told:
+            product = gradient.float() * self.raw[name].float()
+            if scale != 1:
+                product /= scale
+            self._add(gate_gradients(self._ties[name], self._shown, product))
         by = self._factors.get(name)
         by = self._factor(name, self._shown) if by is None else by
         gradient.mul_(by.to(gradient.dtype))
+
+    def tell(self, products: Mapping[str, Tensor]) -> None:
+        """Takes in the derivatives of the loss by gates, each times the gate that was shown.
+
+        A gate that was exactly 0 does not learn from the step, as it does not from any.
+
+        Args:
+            products: By group, of the group's shape.
+        """
+        shown = {group: self._shown[group].to(by.dtype) for group, by in products.items()}
+        self._add(
+            {g: torch.where(shown[g] > 0, by / shown[g], 0.0) for g, by in products.items()}
+        )
+
+    def _add(self, slopes: Mapping[str, Tensor]) -> None:
+        for group, slope in slopes.items():
+            seen = self._gradients.get(group)
+            self._gradients[group] = slope if seen is None else seen + slope
 
     def learn(self, step: int, progress: float) -> None:
         """One step of the gates, and of the multipliers; none if that step's has been made.

@@ -73,6 +73,31 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         _units("cut", _OF_CUTS, _CUT, compact=True),
         _units("early", _OF_CUTS, _CUT, compact="early"),
     ],
+    "HardConcretePruning": [
+        _units(
+            "under LoRA",
+            (
+                "1-live",
+                "2-units_of_any_sparsity",
+                "3-accumulation",
+                "3-checkpoints",
+                "3-skipped_steps",
+                "4-accumulation",
+                "4-checkpoint_before_an_update",
+                "4-plain_contents",
+                "5-ddp",
+                "5-ddp, accumulation, clipping",
+                "6-after_an_exception",
+                "6-after_fit",
+                "7-before_it_begins",
+                "7-sparsity_zero",
+                "8-units_that_cannot_go",
+            ),
+            "Only what gates learn from is new beside weights that train, and that is the mean of "
+            "all ranks, so that masks agree where weights do not; see HardConcretePruning,",
+        )
+        | {"model": LoRAUnits},
+    ],
     "LoRAPruning": [
         _units(
             "units",

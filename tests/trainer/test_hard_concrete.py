@@ -383,11 +383,6 @@ def test_what_a_run_cannot_do_is_refused_before_the_first_batch():
     refuses(frozen, gates, where="wide.weight", fix="requires_grad")
     kinds = HardConcretePruning(0.5, units=["head_dims"], start=5)  # not only when gates begin
     refuses(Module(), kinds, where="head_dims", allowed="'heads'")
-    deaf = Module()  # queries train, but not what the gates of heads stand on
-    for name, parameter in deaf.named_parameters():
-        parameter.requires_grad_("attention.output.dense" not in name)
-    heads = HardConcretePruning(0.2, units=["heads"])
-    refuses(deaf, heads, where="layers.0.heads and 2 more", fix="requires_grad")
     for shape in ({"ffn": 25}, {"ffn": 0}, {"ffn": 2.0}, {"heads": True}):
         given = HardConcretePruning(target_shape=shape)
         refuses(Module(), given, where="target_shape", allowed="integer from 1 to")
