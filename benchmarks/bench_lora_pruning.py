@@ -1,12 +1,12 @@
-"""What LoRA-guided pruning adds to a LoRA step: time and memory.
+"""What pruning under LoRA adds to a LoRA step: time and memory.
 
     python benchmarks/bench_lora_pruning.py
 
 SmolLM2-135M's first 8 layers, one sequence of 512 tokens a step, LoRA of rank 8 on all Linears of
 the blocks, fused AdamW. Variants: plain LoRA; `LoRAPruning` of heads and neurons in the middle of
-its schedule, a mask update every 10 steps; and, for memory, gradients of the base weights, which
-scores from full gradients would need. Steps are taken in turn in one process; only ratios within a
-turn count.
+its schedule, a mask update every 10 steps; `HardConcretePruning` on the same units, drawn anew at
+every step; and, for memory, gradients of the base weights, which scores from full gradients need.
+Steps are taken in turn in one process; only ratios within a turn count.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from lightning_prune.callbacks import LoRAPruning
+from lightning_prune.callbacks import HardConcretePruning, LoRAPruning
+from lightning_prune.callbacks.structured import StructuredCallback
 from lightning_prune.tasks import CausalLM
 
 RESULTS = Path(__file__).parent / "results"
@@ -74,12 +75,12 @@ class Module(L.LightningModule):
 
 
 class Ours(Plain):
-    """LoRA under `LoRAPruning`, in the middle of its schedule."""
+    """LoRA under a callback, in the middle of its schedule."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, callback: StructuredCallback) -> None:
         super().__init__(network)
         self.module = Module(network)
-        self.callback = LoRAPruning(0.5, every=EVERY, total_steps=RUN)
+        self.callback = callback
         self.trainer = L.Trainer(
             callbacks=[self.callback],
             accelerator="cpu",
@@ -93,6 +94,8 @@ class Ours(Plain):
         self.callback.on_fit_start(self.trainer, self.module)
         self.callback.on_train_start(self.trainer, self.module)
         self.callback._counter.start_at(BEGIN)
+        if isinstance(callback, HardConcretePruning):
+            callback._begin_if_due()
 
     def step(self, ids: Tensor) -> None:
         self.gradients(ids)
@@ -104,9 +107,15 @@ class Ours(Plain):
         self.callback._levels()  # what is logged
 
     def bytes_held(self) -> int:
-        """Of masks and scores, by what their storages take."""
+        """Of masks and scores, or masks, raw weights and gates, by what their storages take."""
         criterion: Any = self.callback.policy.criterion
-        tensors = [*self.callback.masks.values(), *criterion._mean.values()]
+        tensors = [*self.callback.masks.values()]
+        if isinstance(self.callback, LoRAPruning):
+            tensors += criterion._mean.values()
+        elif isinstance(self.callback, HardConcretePruning) and self.callback._gated is not None:
+            gated = self.callback._gated
+            tensors += [*gated.raw.values(), *gated.locations.values()]
+            tensors += [x for m in gated._optimizer.state.values() for x in m.values()]
         return sum(t.untyped_storage().nbytes() for t in tensors)
 
 
@@ -122,7 +131,13 @@ def gradient_bytes(network: nn.Module, base: bool) -> int:
 def alternate(pairs: int) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds of steps in turn, and bytes."""
     network = adapted()
-    variants = {"LoRA": Plain(copy.deepcopy(network)), "LoRAPruning": Ours(network)}
+    gates = HardConcretePruning(0.5, units=["heads", "ffn"], total_steps=RUN)
+    guided = LoRAPruning(0.5, every=EVERY, total_steps=RUN)
+    variants = {
+        "LoRA": Plain(copy.deepcopy(network)),
+        "gates": Ours(copy.deepcopy(network), gates),
+        "LoRAPruning": Ours(network, guided),
+    }
     times: dict[str, list[float]] = {name: [] for name in variants}
     generator = torch.Generator().manual_seed(0)
     names = list(variants)
@@ -132,8 +147,9 @@ def alternate(pairs: int) -> tuple[dict[str, list[float]], dict[str, int]]:
             began = time.perf_counter()
             variants[name].step(ids)
             times[name].append(time.perf_counter() - began)
-    ours = variants["LoRAPruning"]
+    ours, gated = variants["LoRAPruning"], variants["gates"]
     assert isinstance(ours, Ours)
+    assert isinstance(gated, Ours)
     if ours.callback._updated < BEGIN + pairs // EVERY * EVERY:
         raise SystemExit(f"the last update was at step {ours.callback._updated}")
     ours.gradients(ids)
@@ -141,6 +157,7 @@ def alternate(pairs: int) -> tuple[dict[str, list[float]], dict[str, int]]:
         "masks and scores": ours.bytes_held(),
         "gradients of adapters": gradient_bytes(network, base=False),
         "gradients of base weights": gradient_bytes(network, base=True),
+        "gates: masks, raw weights, gates with their moments": gated.bytes_held(),
         "units": sum(len(m) for m in ours.callback._kept.values()),
         "gradients of base weights for full-gradient scores": sum(
             t.size * t.parameter.element_size() for t in ours.callback._members.selected
@@ -156,24 +173,29 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     times, held = alternate(options.pairs)
-    ratios = [a / b for a, b in zip(times["LoRAPruning"], times["LoRA"], strict=True)]
+    plain = times["LoRA"]
+    steps = "\n".join(
+        f"| {name} | {median(mine) * 1e3:.0f} ms "
+        f"| {median(a / b for a, b in zip(mine, plain, strict=True)):.3f} "
+        f"| {mean(mine) / mean(plain):.3f} | {'' if mine is plain else '1.10'} |"
+        for name, mine in times.items()
+    )
     rows = "\n".join(
         f"| {name} | {f'{many:,}' if name == 'units' else f'{many / 2**20:.2f} MiB'} |"
         for name, many in held.items()
     )
-    text = f"""# What LoRA-guided pruning adds to a LoRA step
+    text = f"""# What pruning under LoRA adds to a LoRA step
 
 - Machine: {minilm.machine()}
 - Command: `python benchmarks/bench_lora_pruning.py --pairs {options.pairs}`
 - SmolLM2-135M, first {LAYERS} layers, {TOKENS} tokens, LoRA of rank {RANK} on all Linears of the
   blocks, fused AdamW, float32; `LoRAPruning(0.5)` of heads and neurons, an update every {EVERY}
-  steps. Steps in turn in one process, {options.pairs} turns.
+  steps; gates: `HardConcretePruning(0.5)` on the same, on the ramp. Steps in turn in one
+  process, {options.pairs} turns.
 
 | variant | median step | median ratio | ratio of means | to reach |
 |---|---|---|---|---|
-| LoRA | {median(times["LoRA"]) * 1e3:.0f} ms | 1 | 1 | |
-| LoRAPruning | {median(times["LoRAPruning"]) * 1e3:.0f} ms | {median(ratios):.3f} \
-| {mean(times["LoRAPruning"]) / mean(times["LoRA"]):.3f} | 1.10 |
+{steps}
 
 | held during a step | |
 |---|---|

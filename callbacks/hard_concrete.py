@@ -50,7 +50,7 @@ class HardConcretePruning(StructuredCallback):
     gradient of the loss, and two multipliers press their expected size towards a target that rises
     along a ramp. At ``end`` the gates most likely to be closed are pruned, exactly as many as were
     asked for; the others are folded into their weights, and the rest of the run trains what is
-    left.
+    left. Units under LoRA adapters go with the base and the adapters; cutting them out merges.
 
     Args:
         sparsity: Fraction of the selected weights that is zero at the end, in [0, 1); None with
@@ -86,7 +86,7 @@ class HardConcretePruning(StructuredCallback):
         PruneError: On arguments out of range; at ``fit`` on what cannot be done.
 
     Source: Louizos et al. 2018, arXiv:1712.01312; units and multipliers: Xia et al. 2022,
-    arXiv:2204.00408; target shapes: Xia et al. 2023, arXiv:2310.06694.
+    arXiv:2204.00408; shapes: Xia et al. 2023, arXiv:2310.06694; LoRA: Guo et al. 2023, 2310.05015.
 
     Example:
         >>> import lightning as L
@@ -103,8 +103,8 @@ class HardConcretePruning(StructuredCallback):
         "6-after_averaging": _AVERAGES,
         "8-weights_that_are_not_finite": "A weight under gates is rewritten from its raw value",
         "9-alone_or_together": "Gates follow gradients, which depend on what the other prunes",
-        "9-frozen_and_asked_for": "Frozen weights get no gradient for gates to learn from: refused",
-        "9-low_rank_adapters": "A frozen base under LoRA gets no gradient either: refused",
+        "9-frozen_and_asked_for": "Single frozen weights have no gradient to learn from: refused",
+        "9-low_rank_adapters": "The same of a frozen base; units under LoRA: see that variant",
     }
 
     def __init__(

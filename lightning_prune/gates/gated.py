@@ -180,9 +180,7 @@ class Gated:
             products: By group, of the group's shape.
         """
         shown = {group: self._shown[group].to(by.dtype) for group, by in products.items()}
-        self._add(
-            {g: torch.where(shown[g] > 0, by / shown[g], 0.0) for g, by in products.items()}
-        )
+        self._add({g: torch.where(shown[g] > 0, by / shown[g], 0.0) for g, by in products.items()})
 
     def _add(self, slopes: Mapping[str, Tensor]) -> None:
         for group, slope in slopes.items():

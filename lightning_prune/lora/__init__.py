@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from lightning_prune.lora.adapter_files import load_adapter as load_adapter
+from lightning_prune.lora.adapter_files import save_adapter as save_adapter
 from lightning_prune.lora.effective import effective_weight as effective_weight
 from lightning_prune.lora.gradients import estimated_gradient as estimated_gradient
 from lightning_prune.lora.importance import importance as importance
@@ -26,6 +28,7 @@ __all__ = [
     "effective_weight",
     "estimated_gradient",
     "importance",
+    "load_adapter",
     "lora_layers",
     "mask_hash",
     "masks_by_layer",
@@ -33,5 +36,6 @@ __all__ = [
     "plain_name",
     "reattach",
     "reset_scale_",
+    "save_adapter",
     "unmasked_adapters",
 ]

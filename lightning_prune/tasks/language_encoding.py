@@ -136,12 +136,13 @@ def answers_of(
     *,
     end: int | None,
     limit: int,
+    prefix: str = "",
 ) -> Examples:
     """Tokenises prompts with their answers, of which only the answers and their ends count.
 
-    Both are tokenised by themselves and joined as they are, so a space or a line break between them
+    All are tokenised by themselves and joined as they are, so a space or a line break between them
     is to be in one of them. An example that is too long loses the beginning of its prompt, but
-    for one token; if that is not enough, the end of its answer.
+    for one token; if that is not enough, the end of its answer. A prefix is never cut.
 
     Args:
         tokenizer: Which one.
@@ -149,9 +150,10 @@ def answers_of(
         answers: Of the same examples.
         end: The token that ends each answer; None for none.
         limit: Tokens of an example, at least 2.
+        prefix: Text before every prompt.
 
     Raises:
-        PruneError: A prompt or an answer is empty.
+        PruneError: A prompt or an answer is empty; the prefix leaves no room for them.
     """
     for name, texts in (("prompt", prompts), ("answer", answers)):
         for row, text in enumerate(texts):
@@ -163,7 +165,10 @@ def answers_of(
                     allowed=f"at least one word in every {name}",
                     fix="remove the row",
                 )
-    given = tokenizer(list(prompts), return_attention_mask=False, verbose=False)["input_ids"]
+    first = _opening(tokenizer, prefix, end, limit) if prefix else []
+    given = tokenizer(
+        list(prompts), add_special_tokens=not first, return_attention_mask=False, verbose=False
+    )["input_ids"]
     wanted = tokenizer(
         list(answers), add_special_tokens=False, return_attention_mask=False, verbose=False
     )["input_ids"]
@@ -172,11 +177,28 @@ def answers_of(
     for prompt, answer in zip(given, wanted, strict=True):
         before = prompt[:-1] if end is not None and prompt[-1] == end else prompt
         after = answer if end is None else [*answer, end]
-        excess = len(before) + len(after) - limit
+        excess = len(first) + len(before) + len(after) - limit
         if excess > 0:
             shortened += 1
             dropped += excess
             before = before[min(excess, len(before) - 1) :]
-            after = after[: limit - len(before)]
-        examples.append(([*before, *after], len(before)))
+            after = after[: limit - len(first) - len(before)]
+        examples.append(([*first, *before, *after], len(first) + len(before)))
     return Examples(examples=examples, shortened=shortened, dropped=dropped)
+
+
+def _opening(
+    tokenizer: PreTrainedTokenizerBase, prefix: str, end: int | None, limit: int
+) -> list[int]:
+    """The tokens before every prompt."""
+    found: list[int] = list(tokenizer(prefix, return_attention_mask=False)["input_ids"])
+    found = found[:-1] if found and found[-1] == end else found
+    if len(found) > limit - 2:
+        raise refusal(
+            "The text before every prompt leaves no room for a prompt and an answer",
+            where="prompt_prefix, block_size",
+            got=f"{len(found)} tokens of {limit}",
+            allowed="two tokens less than block_size",
+            fix="give a shorter prompt_prefix or a larger block_size",
+        )
+    return found

@@ -69,6 +69,8 @@ class LanguageDataModule(L.LightningDataModule):
             `content`.
         prompt_field: The column of the prompts, together with `answer_field`.
         answer_field: The column of the answers.
+        prompt_prefix: Text before every prompt, in all splits, such as Compresso's request to
+            cooperate with pruning. It does not count, and is never cut.
         pack: Whether texts are packed; None packs texts, but not prompts with answers.
         block_size: Tokens of a block or, without packing, after which a row is cut: at least 2, and
             no more than the model was made for.
@@ -107,6 +109,7 @@ class LanguageDataModule(L.LightningDataModule):
         text_field: str | None = None,
         prompt_field: str | None = None,
         answer_field: str | None = None,
+        prompt_prefix: str = "",
         pack: bool | None = None,
         block_size: int = 256,
         keep_remainder: bool = False,
@@ -151,6 +154,8 @@ class LanguageDataModule(L.LightningDataModule):
         if prompt_field is not None and (text_field is not None or objective == "masked"):
             got = f"prompt_field={prompt_field!r}, text_field={text_field!r}, {objective}"
             raise _refused("prompt_field", got, "no text_field beside it, and a causal model")
+        if prompt_prefix and prompt_field is None:
+            raise _refused("prompt_prefix", prompt_prefix, "a text beside prompt_field")
         self.source = source
         self.config = config
         self.tokenizer = tokenizer
@@ -159,6 +164,7 @@ class LanguageDataModule(L.LightningDataModule):
         self.text_field = text_field
         self.prompt_field = prompt_field
         self.answer_field = answer_field
+        self.prompt_prefix = prompt_prefix
         self.pack = prompt_field is None if pack is None else pack
         self.block_size = block_size
         self.keep_remainder = keep_remainder
@@ -324,6 +330,7 @@ class LanguageDataModule(L.LightningDataModule):
                 texts_in(data, self.answer_field, "answer_field"),
                 end=end,
                 limit=self.block_size,
+                prefix=self.prompt_prefix,
             )
         column = self.text_field or text_column(data)
         texts = texts_in(data, column, "text_field")

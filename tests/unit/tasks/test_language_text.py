@@ -75,6 +75,37 @@ def test_only_the_answer_and_its_end_count():
     assert (data.counts("train").shortened, data.counts("train").dropped) == (2, 7)
 
 
+def test_a_prefix_stands_before_every_prompt_and_is_never_cut():
+    source = [
+        {"ask": "red cat", "say": "runs"},
+        {"ask": "dog dog dog dog dog dog dog bird", "say": "sings fast"},
+        {"ask": "dog bird", "say": "sings " * 9},
+    ]
+    fields = {"prompt_field": "ask", "answer_field": "say", "prompt_prefix": "bird cat "}
+    data = module(source, validation=source[:1], **fields)
+    batch = batch_of(data)
+    labels = batch["labels"][0].tolist()
+    assert batch["input_ids"][0].tolist()[:6] == [*tiny.ids("bird cat red cat runs"), EOS]
+    assert labels[:6] == [-100] * 4 + [*tiny.ids("runs"), EOS]
+    assert batch["input_ids"][1].tolist() == [*tiny.ids("bird cat dog dog bird sings fast"), EOS]
+    assert batch["labels"][1].tolist() == [*[-100] * 5, *tiny.ids("sings fast"), EOS]
+    assert batch["input_ids"][2].tolist() == tiny.ids("bird cat bird" + " sings" * 5)
+    assert (data.counts("train").shortened, data.counts("train").dropped) == (2, 11)
+    held = data.encoded("validation")
+    assert held.lengths_N.tolist() == [6]
+    fields |= {"tokenizer": tiny.masked_tokenizer()}
+    fields["tokenizer"].eos_token = "[SEP]"
+    data = module(source[:1], validation=source[:1], **fields)
+    assert batch_of(data)["input_ids"][0].tolist() == [
+        CLS,
+        *tiny.ids("bird cat red cat runs"),
+        SEP,
+    ]
+    with refused(where="prompt_prefix", got="7 tokens of 8", fix="shorter"):
+        data = module(source, validation=source, **(fields | {"prompt_prefix": "cat " * 6}))
+        data.encoded("train")
+
+
 def test_prompts_may_be_packed():
     source = [{"ask": "red cat", "say": "runs"}] * 5
     data = module(source, prompt_field="ask", answer_field="say", pack=True)
@@ -163,6 +194,7 @@ def test_the_order_of_training_and_the_rows_of_evaluation():
         ({"objective": "prefix"}, {"where": "objective", "allowed": "causal, masked"}),
         ({"sample_by": "word"}, {"where": "sample_by"}),
         ({"prompt_field": "q"}, {"allowed": "both or neither"}),
+        ({"prompt_prefix": "Be"}, {"allowed": "beside prompt_field"}),
         (
             {"prompt_field": "q", "answer_field": "a", "objective": "masked"},
             {"allowed": "a causal model"},
