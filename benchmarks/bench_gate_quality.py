@@ -28,6 +28,7 @@ import torch
 from bench_movement_quality import fit, teacher
 from bench_quality import Classifier, accuracy
 
+from lightning_prune import from_pretrained, save_pretrained
 from lightning_prune.callbacks import HardConcretePruning
 from lightning_prune.distillation import DistillationModule, HiddenStates
 from lightning_prune.reports.latency import latency
@@ -113,20 +114,19 @@ def run(
         "machine": minilm.machine(),
     }
     if options.steps == LENGTH:
-        torch.save(module.model.eval(), saved(row, options))
+        save_pretrained(module.model.eval(), saved(row, options))
     return row
 
 
 def saved(row: dict[str, Any], options: argparse.Namespace) -> Path:
     """Where the cut model of a row lies."""
     units, how = row["units"].replace(" + ", "-"), row["distilled"]
-    return options.work / f"gates-{units}-{how}-{row['sparsity']}-{row['seed']}.pt"
+    return options.work / f"gates-{units}-{how}-{row['sparsity']}-{row['seed']}"
 
 
 def timed(row: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """The row with the latency of its cut model beside the dense one."""
-    cut = torch.load(saved(row, options), weights_only=False)
-    models = {"dense": teacher(options, row["seed"]), "cut": cut}
+    models = {"dense": teacher(options, row["seed"]), "cut": from_pretrained(saved(row, options))}
     found = latency(models, batches=(1, 32), length=64)
     return row | {"latency": found.to_dict(), "latency_machine": minilm.machine()}
 

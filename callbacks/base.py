@@ -29,7 +29,7 @@ from lightning_prune.callbacks.steps import StepCounter
 from lightning_prune.criteria import Criterion
 from lightning_prune.distributed import Shards, agree, shards_of
 from lightning_prune.followers import Members, followed
-from lightning_prune.masks import MaskSet, pack, pruned_fraction, zero_fraction
+from lightning_prune.masks import MaskSet, pack, pruned_fraction
 from lightning_prune.policy import Policy
 from lightning_prune.targets import Selection, Target
 from lightning_prune.timeline import Timeline
@@ -100,7 +100,7 @@ class MaskCallback(L.Callback):
         """The schedule on a run of so many optimizer steps; None for an unknown number."""
         initial = self.settings.initial_sparsity
         if initial == "from_model":
-            initial = zero_fraction(selection.targets, self._shards)
+            initial = self.settings.begun(selection, self._shards)
         return self.settings.lay_out(initial, total_steps, squeeze)
 
     @property

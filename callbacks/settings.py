@@ -8,7 +8,9 @@ from typing import Literal
 from torch import nn
 
 from lightning_prune.callbacks import checks
+from lightning_prune.distributed import Shards
 from lightning_prune.errors import refusal
+from lightning_prune.masks import zero_fraction
 from lightning_prune.patterns import Pattern
 from lightning_prune.schedules import Schedule
 from lightning_prune.targets import Selection, select
@@ -77,6 +79,11 @@ class Settings:
     def select(self, model: nn.Module) -> Selection:
         """What would be pruned in a model, and what not and why."""
         return select(model, self.targets, self.exclude, frozen=self.frozen)
+
+    def begun(self, selection: Selection, shards: Shards) -> float:
+        """The sparsity that a model starts at: the one asked for where it has it but for rounding."""
+        zeros = zero_fraction(selection.targets, shards)
+        return self.sparsity if abs(zeros - self.sparsity) * selection.size < 1 else zeros
 
     def lay_out(self, initial: float, total: int | None, squeeze: bool) -> Timeline:
         """The schedule on a run of ``total`` steps; empty when there is nothing to prune."""

@@ -136,6 +136,21 @@ def test_zeros_of_the_model_stay_zero_under_rows():
             assert bool((parameter[zeros[name]] == 0).all())
 
 
+@pytest.mark.parametrize("sparsity", [0.35, 0.8, 0.9])
+def test_a_second_run_at_the_same_sparsity_keeps_its_zeros(sparsity):
+    """The count of the first is rounded, up or down, so that its share is not quite the same."""
+    model = Net()
+    fit(model, GradualMagnitudePruning(sparsity))
+    zeros = {n: p == 0 for n, p in model.named_parameters() if n.endswith("weight")}
+    total = sum(z.numel() for z in zeros.values())
+    gone = sum(int(z.sum()) for z in zeros.values())
+    assert gone != sparsity * total
+    fit(model, GradualMagnitudePruning(sparsity, initial_sparsity="from_model"))
+    for name, parameter in model.named_parameters():
+        if name in zeros:
+            assert torch.equal(parameter == 0, zeros[name])
+
+
 def test_masks_of_an_earlier_fit_on_a_new_model_are_announced():
     callback = GradualMagnitudePruning(0.5)
     fit(Net(), callback)
