@@ -81,7 +81,7 @@ class Settings:
         return select(model, self.targets, self.exclude, frozen=self.frozen)
 
     def begun(self, selection: Selection, shards: Shards) -> float:
-        """The sparsity that a model starts at: the one asked for where it has it but for rounding."""
+        """The sparsity that a model starts at: the one asked for if all that differs is rounding."""
         zeros = zero_fraction(selection.targets, shards)
         return self.sparsity if abs(zeros - self.sparsity) * selection.size < 1 else zeros
 

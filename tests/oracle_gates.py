@@ -114,3 +114,14 @@ def hard_topk(scores, budget, costs=None):
             break
         gates[i] = 1.0
     return gates
+
+
+def gumbel_sigmoid(logit, u, temperature=0.4, base=3.0):
+    """sg((logit + g + base) / T), g = -ln(-ln u)."""
+    u = clip(u, 1e-6, 1 - 1e-6)
+    return sigmoid((logit - math.log(-math.log(u)) + base) / temperature)
+
+
+def ratio_loss(x, y):
+    """R(x, y) = ln(max(x, y) / min(x, y))."""
+    return math.log(max(x, y) / min(x, y))
