@@ -33,6 +33,7 @@ from lightning_prune.targets import select
 RESULTS = Path(__file__).parent / "results"
 STORE = RESULTS / "movement_quality.jsonl"
 KEPT = (0.30, 0.15, 0.10, 0.05, 0.03)
+NOTHING = 0.001  # of the encoder: what embeddings and the head can do alone
 FROZEN_KEPT = (0.8, 0.5, 0.2, 0.1)  # experiment 3: only scores and the head learn
 FROZEN_HEAD, FROZEN_SCORES = 1e-2, 1e-3  # their rates; 0.02 needs the paper's 12 epochs
 TEACHER_RATE = 1e-4
@@ -178,7 +179,7 @@ def _one_run(rows: list[dict[str, Any]]) -> list[str]:
         "| kept | " + " | ".join(shown) + " |",
         "|---" * (len(shown) + 1) + "|",
         *(
-            f"| {kept:.0%} | " + " | ".join(cell(arm, kept) for arm in shown) + " |"
+            f"| {100 * kept:g}% | " + " | ".join(cell(arm, kept) for arm in shown) + " |"
             for kept in sorted({r["kept"] for r in rows if r["arm"] != "dense"}, reverse=True)
         ),
     ]
@@ -204,6 +205,7 @@ def main() -> None:
     rows += [r for r in elsewhere() if not any(_key(r) == _key(mine) for mine in rows)]
     arms = [("dense", 1.0)]
     arms += [(arm, kept) for kept in KEPT for arm in list(ARMS)[:4]]
+    arms.append(("magnitude", NOTHING))
     four = ("magnitude", "movement", "SMP-L", "SMP-S")
     arms += [(arm, kept) for kept in FROZEN_KEPT for arm in four if (arm, kept) not in arms]
     for seed in options.seeds:

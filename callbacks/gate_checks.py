@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_prune.errors import refusal
 from lightning_prune.targets import Target
 
 __all__ = [
-    "check_gradients",
+    "check_frozen",
     "check_locations",
     "check_one_budget",
     "check_trainer_of_gates",
@@ -78,23 +78,37 @@ def check_trainer_of_gates(
         )
 
 
-def check_gradients(callback: str, single: str | None, targets: Sequence[Target]) -> None:
-    """Refuses gates on frozen weights or rows, which no activation tells apart.
+def check_frozen(
+    callback: str, single: str | None, module: nn.Module, targets: Sequence[Target]
+) -> None:
+    """Refuses frozen weights under gates that could not learn.
 
     Args:
         callback: Its name.
-        single: What each has a gate: "weights", "rows", or None for units.
+        single: What has a gate each: "weights" or "rows"; None for units.
+        module: Where the weights are.
         targets: All under gates.
     """
-    still = [t.name for t in targets if not t.parameter.requires_grad]
-    if single is not None and still:
+    frozen = [t.name for t in targets if not t.parameter.requires_grad]
+    if not frozen:
+        return
+    if single is not None:
         raise refusal(
             f"Gates on {single} learn from their gradients, which frozen weights have not",
-            where=still[0] + (f" and {len(still) - 1} more" if len(still) > 1 else ""),
+            where=frozen[0] + (f" and {len(frozen) - 1} more" if len(frozen) > 1 else ""),
             got=f"requires_grad=False under {callback}(units={single!r})",
             allowed="weights that require gradients; of transformers models, units",
             fix="leave requires_grad on, or write units=['heads', 'ffn']",
         )
+    for path, part in module.named_modules():
+        if getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod"):
+            raise refusal(
+                "Gates on frozen weights learn from activations, which a compiled network hides",
+                where=f"{callback}, {path or type(module).__name__}",
+                got=f"torch.compile, and {frozen[0]} is frozen",
+                allowed="a network that is not compiled",
+                fix="compile the smaller network afterwards",
+            )
 
 
 def check_locations(callback: str, locations: Mapping[str, Tensor]) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_prune.callbacks.observing import loss_scale, will_skip
 from lightning_prune.gates.activation_slopes import ActivationSlopes
-from lightning_prune.gates.gated import Gated
+from lightning_prune.gates.budget import Budget
+from lightning_prune.gates.gated import Gated, Gating
+from lightning_prune.gates.places import Shapes, Ties
 from lightning_prune.targets import Target
 
-__all__ = ["GatedSteps"]
+__all__ = ["GatedSteps", "gated_steps"]
 
 
 class GatedSteps:
@@ -21,15 +24,14 @@ class GatedSteps:
 
     Args:
         gated: The parameters under gates.
-        slopes: What tells of those that do not learn; None where all do.
+        slopes: What tells of those that do not learn.
     """
 
-    def __init__(self, gated: Gated, slopes: ActivationSlopes | None) -> None:
+    def __init__(self, gated: Gated, slopes: ActivationSlopes) -> None:
         self.gated, self._slopes = gated, slopes
         self._opened: set[str] = set()
         self._taken = False  # what gates would learn from a step that has not been made yet
-        if slopes is not None:
-            slopes.begin(gated.locations)
+        slopes.begin(gated.locations)
 
     def show(self, gates: Mapping[str, Tensor]) -> None:
         """Puts gates into the network."""
@@ -48,8 +50,7 @@ class GatedSteps:
             targets: The weights that it owns.
         """
         if will_skip(trainer, optimizer):
-            if self._slopes is not None:
-                self._slopes.forget()
+            self.drop()
             return
         scale = loss_scale(trainer, optimizer)
         for target in targets:
@@ -58,9 +59,9 @@ class GatedSteps:
                     self.gated.observe(target.name, target.parameter.grad, scale)
                 self.gated.open(target.name)
                 self._opened.add(target.name)
-        if self._slopes is not None:
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
-            self.gated.tell(self._slopes.take(1.0 if scaler is None else scaler.get_scale()))
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        # a loss that was scaled has scaled what activations say, whoever unscales the gradients
+        self.gated.add_products(self._slopes.take(1.0 if scaler is None else scaler.get_scale()))
         self._taken = True
 
     def after(self, targets: Iterable[Target], step: int, progress: float) -> None:
@@ -76,13 +77,46 @@ class GatedSteps:
                 self.gated.keep(target.name)
         self.gated.learn(step, progress)
 
-    def left_out(self) -> bool:
-        """Whether an optimizer has made no step after all; forgets what gates would learn of it."""
+    def drop(self) -> None:
+        """Drops what was seen of activations, as gradients are dropped."""
+        self._slopes.forget()
+
+    def forget_unused(self) -> bool:
+        """Forgets what gates would learn of a step that was not made; whether there was one."""
         if self._taken:
             self.gated.forget()
         return self._taken
 
     def close(self) -> None:
         """Lets go of the model."""
-        if self._slopes is not None:
-            self._slopes.close()
+        self._slopes.close()
+
+
+def gated_steps(
+    module: nn.Module,
+    targets: Iterable[Target],
+    ties: Ties,
+    shapes: Shapes,
+    gating: Gating,
+    budget: Budget,
+    state: Mapping[str, Any] | None,
+) -> GatedSteps:
+    """Puts gates onto parameters.
+
+    Args:
+        module: Where they are.
+        targets: All that has a mask.
+        ties: What multiplies each parameter, by name.
+        shapes: Of the groups of gates, by name.
+        gating: How gates are made, and learn.
+        budget: What presses on them.
+        state: Of `Gated`, to go on from.
+    """
+    under = {t.name: t for t in targets if t.name in ties}
+    frozen = [name for name, t in under.items() if not t.parameter.requires_grad]
+    slopes = ActivationSlopes(module, {name: ties[name] for name in under}, frozen)
+    values = {name: t.local for name, t in under.items()}
+    gated = Gated(gating, values, ties, shapes, budget, slopes.covered)
+    if state is not None:
+        gated.load_state_dict(state)
+    return GatedSteps(gated, slopes)

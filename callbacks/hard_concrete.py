@@ -15,19 +15,18 @@ from lightning_prune.allocation import as_allocation
 from lightning_prune.anatomy.networks import network_in
 from lightning_prune.callbacks.averages import averages_weights, save_as_is, save_instead
 from lightning_prune.callbacks.gate_checks import (
-    check_gradients,
+    check_frozen,
     check_locations,
     check_one_budget,
     check_trainer_of_gates,
 )
 from lightning_prune.callbacks.gate_settings import GateSettings
-from lightning_prune.callbacks.gated_steps import GatedSteps
+from lightning_prune.callbacks.gated_steps import GatedSteps, gated_steps
 from lightning_prune.callbacks.settings import Budget, Settings
 from lightning_prune.callbacks.structured import StructuredCallback
 from lightning_prune.criteria.locations import Locations
 from lightning_prune.followers import Members
 from lightning_prune.gate_budgets import ExpectedSize, budget_of
-from lightning_prune.gates.activation_slopes import ActivationSlopes
 from lightning_prune.gates.gated import Gated
 from lightning_prune.gates.places import Shapes, Ties, single_ties, unit_ties
 from lightning_prune.patterns import as_pattern
@@ -93,7 +92,6 @@ class HardConcretePruning(StructuredCallback):
         >>> trainer = L.Trainer(callbacks=[HardConcretePruning(sparsity=0.9)])
     """
 
-    under_adapters = True
     laws: ClassVar[dict[int | str, str]] = {
         "3-averages": _AVERAGES,
         "3-stochastic_averages": _AVERAGES,
@@ -150,6 +148,7 @@ class HardConcretePruning(StructuredCallback):
             budget=budget,
             initial_sparsity=0.0,
             total_steps=total_steps,
+            frozen=False if self.single else "adapters",
         )
         self.gating = GateSettings(
             callback=name,
@@ -163,7 +162,7 @@ class HardConcretePruning(StructuredCallback):
         )
         self._steps: GatedSteps | None = None
         self._window = (0, 0, 0)  # the steps at which gates begin, the ramp ends, gates end
-        self._module: L.LightningModule | None = None
+        self._module: Any = None  # of a fit
         self._size: ExpectedSize | None = None
         self._scores = Locations()
         super().__init__(
@@ -233,8 +232,9 @@ class HardConcretePruning(StructuredCallback):
         self._module = pl_module
         check_trainer_of_gates(self.name, averages_weights(trainer), self._targets, self.sparsity)
         if self._removed is None and not self.finished:
-            self._places()  # refuses kinds that nothing stands for, long before gates begin
-            check_gradients(self.name, self.single, self._targets)
+            ties, _ = self._places()  # refuses kinds that nothing stands for
+            under = [t for t in self._targets if t.name in ties]
+            check_frozen(self.name, self.single, pl_module, under)
         if self._gated is not None:  # its parameters may lie elsewhere now, and hold other weights
             self._make_gates(self._gated.carried({t.name: t.local for t in self._targets}))
         save_instead(pl_module, self._saved)
@@ -258,21 +258,15 @@ class HardConcretePruning(StructuredCallback):
         return unit_ties(network, self._layout.anatomy, self._layout.groups)
 
     def _make_gates(self, state: Mapping[str, Any] | None = None) -> Gated:
+        if self._steps is not None:
+            self._steps.close()
         ties, shapes = self._places()
-        parameters = {t.name: t.local for t in self._targets if t.name in ties}
         self._size = ExpectedSize(lambda: self.policy, self._members.selected)
         multipliers = partial(self.gating.multipliers, self._window)
         budget = budget_of(self.policy, self._size, self.sparsity, shapes, multipliers)
-        if self._steps is not None:
-            self._steps.close()
-        still = [t.name for t in self._targets if t.name in ties and not t.parameter.requires_grad]
-        slopes = ActivationSlopes(self._module, ties, still) if still and self._module else None
-        told = () if slopes is None else slopes.told
-        gated = Gated(self.gating.gating(self._window), parameters, ties, shapes, budget, told)
-        if state is not None:
-            gated.load_state_dict(state)
-        self._steps = GatedSteps(gated, slopes)
-        return gated
+        gating = self.gating.gating(self._window)
+        self._steps = gated_steps(self._module, self._targets, ties, shapes, gating, budget, state)
+        return self._steps.gated
 
     # Training -----------------------------------------------------------------------------------
 
@@ -311,6 +305,13 @@ class HardConcretePruning(StructuredCallback):
         self._show()
         return None
 
+    def on_before_zero_grad(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Drops with the gradients what gates have seen of activations."""
+        if self._steps is not None:
+            self._steps.drop()
+
     def on_train_batch_end(
         self,
         trainer: L.Trainer,
@@ -320,7 +321,7 @@ class HardConcretePruning(StructuredCallback):
         batch_idx: int,
     ) -> None:
         """Puts gates back where an optimizer has made no step after all."""
-        if self._steps is not None and self._steps.left_out():
+        if self._steps is not None and self._steps.forget_unused():
             self._show()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 

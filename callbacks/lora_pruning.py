@@ -11,6 +11,7 @@ import torch
 
 from lightning_prune import lora
 from lightning_prune.allocation import Allocation, as_allocation
+from lightning_prune.callbacks.adapter_removal import check_adapters, merge_adapters, remove_units
 from lightning_prune.callbacks.guided_scores import GuidedUnits, GuidedWeights
 from lightning_prune.callbacks.lora_pruning_checks import (
     check_arguments,
@@ -18,7 +19,6 @@ from lightning_prune.callbacks.lora_pruning_checks import (
     check_spared,
     no_adapter,
 )
-from lightning_prune.callbacks.merging import check_mergeable, merge_adapters, remove_units
 from lightning_prune.callbacks.settings import Settings
 from lightning_prune.callbacks.structured import StructuredCallback
 from lightning_prune.criteria import Observer
@@ -235,7 +235,7 @@ class LoRAPruning(StructuredCallback):
                 "what is zero",
             )
         if self._removed is None:
-            check_mergeable(lora.lora_layers(pl_module), pl_module if self.merge else None)
+            check_adapters(lora.lora_layers(pl_module), pl_module if self.merge else None)
         self._attached = False
         super().on_fit_start(trainer, pl_module)
         if self._timeline is None and self._stash is None:

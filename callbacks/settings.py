@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import nn
 
+from lightning_prune.anatomy.adapted import adapted_layers
 from lightning_prune.callbacks import checks
 from lightning_prune.distributed import Shards
 from lightning_prune.errors import refusal
@@ -38,7 +39,8 @@ class Settings:
     budget: Budget
     initial_sparsity: float | Literal["from_model"]
     total_steps: int | None
-    frozen: bool = False  # whether weights that do not learn are pruned, too
+    frozen: bool | Literal["adapters"] = False  # whether frozen weights are pruned, too, or
+    # only where adapters have frozen them
 
     def __post_init__(self) -> None:
         """Checks every value by itself."""
@@ -78,10 +80,11 @@ class Settings:
 
     def select(self, model: nn.Module) -> Selection:
         """What would be pruned in a model, and what not and why."""
-        return select(model, self.targets, self.exclude, frozen=self.frozen)
+        frozen = bool(adapted_layers(model)) if self.frozen == "adapters" else self.frozen
+        return select(model, self.targets, self.exclude, frozen=frozen)
 
     def begun(self, selection: Selection, shards: Shards) -> float:
-        """The sparsity that a model starts at: the one asked for if all that differs is rounding."""
+        """The sparsity that a model starts at: the one asked for if only rounding is between."""
         zeros = zero_fraction(selection.targets, shards)
         return self.sparsity if abs(zeros - self.sparsity) * selection.size < 1 else zeros
 

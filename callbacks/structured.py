@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import lightning as L
 import torch
@@ -18,13 +18,13 @@ from lightning_prune.anatomy.adapted import adapted_layers
 from lightning_prune.anatomy.kinds import TRANSFORMER_KINDS
 from lightning_prune.anatomy.networks import network_in
 from lightning_prune.callbacks.activity import Activity
-from lightning_prune.callbacks.compacting import CompactingCallback
-from lightning_prune.callbacks.merging import (
-    check_mergeable,
+from lightning_prune.callbacks.adapter_removal import (
+    check_adapters,
     check_not_early,
     merge_adapters,
     remove_units,
 )
+from lightning_prune.callbacks.compacting import CompactingCallback
 from lightning_prune.callbacks.settings import Settings
 from lightning_prune.criteria import Criterion, Observer
 from lightning_prune.criteria.activation import Activation
@@ -56,8 +56,6 @@ class StructuredCallback(CompactingCallback):
         uniform: Whether all layers keep as many.
         compact: See `CompactingCallback`; without units, "early" is refused.
     """
-
-    under_adapters: ClassVar[bool] = False  # whether weights that LoRA has frozen go with units
 
     def __init__(
         self,
@@ -150,12 +148,7 @@ class StructuredCallback(CompactingCallback):
         """What this callback would prune in a model, and what not and why."""
         if self.units is None or self._removed is not None:
             return super().selection(model)
-        self._look_under_adapters(model)
         return self._within(model, self._lay_out(model))
-
-    def _look_under_adapters(self, model: torch.nn.Module) -> None:
-        if self.under_adapters and adapted_layers(model):
-            self.settings = replace(self.settings, frozen=True)
 
     def _within(self, model: torch.nn.Module, layout: Layout) -> Selection:
         plain = super().selection(model)
@@ -174,7 +167,6 @@ class StructuredCallback(CompactingCallback):
             return Members(())
         if self.units is None:
             return super().members(model)
-        self._look_under_adapters(model)
         layout = self._lay_out(model)
         if "hidden" in self.units:
             self._check_outside(model, layout)
@@ -219,8 +211,8 @@ class StructuredCallback(CompactingCallback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Attaches what masks on weights cannot stand for: skipped layers, norms of fewer."""
-        if self.under_adapters and self.units is not None and adapted_layers(pl_module):
-            check_mergeable(lora_layers(pl_module), pl_module if self.compact else None)
+        if self._under_adapters(pl_module):
+            check_adapters(lora_layers(pl_module), pl_module if self.compact else None)
             check_not_early(self.name, self.compact)
         super().on_fit_start(trainer, pl_module)
         members = self._members
@@ -234,6 +226,11 @@ class StructuredCallback(CompactingCallback):
             self._follow()
             if isinstance(self.policy.criterion, Activation) and not self.finished:
                 self._activity = Activity(network, self._layout)
+
+    def _under_adapters(self, model: torch.nn.Module) -> bool:
+        """Whether units go from under adapters, which are merged before the cut."""
+        asked = self.settings.frozen == "adapters" and self.units is not None
+        return asked and bool(adapted_layers(model))
 
     def _check_unused(self, trainer: L.Trainer, layout: Layout) -> None:
         """Refuses layers that would get no gradient where DDP waits for all gradients."""
@@ -293,7 +290,7 @@ class StructuredCallback(CompactingCallback):
         self._unhook()
         if self._layout is None:
             super()._remove(trainer, pl_module)
-        elif adapted_layers(pl_module):
+        elif self._under_adapters(pl_module):
             merge_adapters(pl_module, self._ready(), self._members.selected)
             remove_units(pl_module, self._kept)
         else:

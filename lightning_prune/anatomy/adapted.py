@@ -113,8 +113,9 @@ def _of_adapters(path: str, layer: Any, part: Part) -> list[Part]:
 
 
 def _matrices(path: str, layer: Any, letter: str) -> list[str]:
-    """Names of the matrices A or B of all adapters of a layer, biases included."""
+    """Names of the matrices A, or B with their biases, of all adapters of a layer."""
     matrices: dict[str, Any] = dict(getattr(layer, f"lora_{letter}").items())
     names = [f"{name}.weight" for name in matrices]
-    names += [f"{name}.bias" for name, m in matrices.items() if m.bias is not None]
+    if letter == "B":
+        names += [f"{name}.bias" for name, m in matrices.items() if m.bias is not None]
     return [f"{path}.lora_{letter}.{name}" for name in names]

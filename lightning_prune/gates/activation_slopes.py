@@ -8,8 +8,7 @@ Shapes: B stands for any number of leading dimensions, U for a module's inputs o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,19 +24,11 @@ from lightning_prune.targets import is_transposed_linear
 
 __all__ = ["ActivationSlopes"]
 
-
-@dataclass(slots=True)
-class _Place:
-    """A module around frozen weights, with the gates on what goes in and what comes out."""
-
-    path: str
-    module: nn.Module
-    inputs: dict[tuple[str, int | None], Tie] = field(default_factory=dict)
-    outputs: dict[tuple[str, int | None], Tie] = field(default_factory=dict)
+_Use = tuple[str, nn.Module]  # path of a layer as it is called, and whose the parameter is
 
 
 class ActivationSlopes:
-    """Watches the modules of frozen weights under gates, during backward passes.
+    """Watches the layers of frozen weights under gates, during backward passes.
 
     Weights of linear maps and embeddings are told of by activations, with their biases and
     adapters. What is left are the vectors of norms, which are small, and not all norms are linear
@@ -46,52 +37,55 @@ class ActivationSlopes:
     Args:
         model: Where the parameters are.
         ties: What multiplies each parameter, by name.
-        still: Names of those that do not learn.
+        frozen: Names of those that do not learn.
 
     Attributes:
-        told: Names of the parameters whose gates learn from here, adapters of frozen ones included.
+        covered: Names of the parameters whose gates learn from here: frozen ones, and those that
+            share a layer with them, such as adapters.
     """
 
     def __init__(
-        self, model: nn.Module, ties: Mapping[str, Sequence[Tie]], still: Collection[str]
+        self, model: nn.Module, ties: Mapping[str, Sequence[Tie]], frozen: Collection[str]
     ) -> None:
         self._ties = dict(ties)
         self._products: dict[str, Tensor] = {}  # derivatives by gates, times those gates
+        self._pending = False  # whether anything was seen that no step has taken
         self._handles: list[RemovableHandle] = []
         self._woken: list[nn.Parameter] = []
-        used = _uses(model)
+        self._learning = [p for p in model.parameters() if p.requires_grad]
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        places: dict[str, _Place] = {}
-        for name in still:
-            for use in used[id(parameters[name])]:
-                if _is_map(use.inner):
-                    places[use.path] = _Place(use.path, use.module)
-                else:
-                    self._watch_itself(name, parameters[name])
-        self.told = set(still)
-        for name, parameter in ((n, parameters[n]) for n in ties):
-            for use in used[id(parameter)]:
-                if use.path in places:
-                    self.told.add(name)
-                    for tie in ties[name]:
-                        _sort_in(places[use.path], use, parameter, tie)
-        for place in places.values():
-            if place.inputs:
-                hook = partial(self._before, list(place.inputs.values()))
-                self._handles.append(place.module.register_forward_pre_hook(hook))
-            if place.outputs:
-                after = partial(self._after, place.path, list(place.outputs.values()))
-                self._handles.append(place.module.register_forward_hook(after))
+        uses = _uses(model)
+        places = _places({n: uses[id(parameters[n])] for n in ties}, frozen)
+        self.covered = set(frozen)
+        inputs: dict[str, dict[tuple[str, int | None], Tie]] = {}
+        outputs: dict[str, dict[tuple[str, int | None], Tie]] = {}
+        for name in ties:
+            parameter = parameters[name]
+            for path, owner in uses[id(parameter)]:
+                if path in places:
+                    self.covered.add(name)
+                    for tie in ties[name]:  # weight and adapters say the same of one gate
+                        side = outputs if _on_outputs(owner, parameter, tie) else inputs
+                        side.setdefault(path, {}).setdefault((tie.group, tie.whole), tie)
+        modules = dict(model.named_modules())
+        for path, of_inputs in inputs.items():
+            hook = partial(self._before, path, list(of_inputs.values()))
+            self._handles.append(modules[path].register_forward_pre_hook(hook))
+        for path, of_outputs in outputs.items():
+            after = partial(self._after, path, list(of_outputs.values()))
+            self._handles.append(modules[path].register_forward_hook(after))
+        alone = {id(parameters[n]): n for n in frozen if not _mapped(uses[id(parameters[n])])}
+        for name in alone.values():
+            self._wake(name, parameters[name])
 
     # Watching -----------------------------------------------------------------------------------
 
-    def _watch_itself(self, name: str, parameter: nn.Parameter) -> None:
+    def _wake(self, name: str, parameter: nn.Parameter) -> None:
         def arrived(leaf: Tensor) -> None:
             if leaf.grad is not None:
                 product = leaf.detach().float() * leaf.grad.float()
                 for tie in self._ties[name]:
-                    kept = range(leaf.dim()) if tie.dim is None else [tie.dim]
-                    others = [d for d in range(leaf.dim()) if d not in kept]
+                    others = [d for d in range(leaf.dim()) if tie.dim not in (None, d)]
                     self._add([tie], product.sum(others) if others else product)
                 leaf.grad = None
 
@@ -99,48 +93,59 @@ class ActivationSlopes:
         self._woken.append(parameter)
         self._handles.append(parameter.register_post_accumulate_grad_hook(arrived))
 
-    def _before(self, ties: list[Tie], module: nn.Module, args: tuple[Any, ...]) -> Any:
+    def _before(
+        self, path: str, ties: list[Tie], module: nn.Module, args: tuple[Any, ...]
+    ) -> tuple[Any, ...] | None:
         if not torch.is_grad_enabled():
             return None
-        seen = _followed(args[0])
-        seen.register_hook(self._listener(module, ties, seen))
+        if not args:
+            raise refusal(
+                "Gates on frozen weights learn from what a layer is given, its first argument",
+                where=path,
+                got="a call with keywords alone",
+                allowed="layer(x)",
+                fix="call the layer so, or let these weights train",
+            )
+        x = args[0]
+        seen = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        self._listen(path, ties, seen)
         return (seen, *args[1:])
 
     def _after(
-        self, path: str, ties: list[Tie], module: nn.Module, args: Any, output: Any
+        self, path: str, ties: list[Tie], module: nn.Module, args: Any, y: Tensor
     ) -> Tensor | None:
         if not torch.is_grad_enabled():
             return None
-        if not isinstance(output, Tensor):
-            raise refusal(
-                "Gates on frozen weights learn from what a layer gives, one tensor",
-                where=path,
-                got=type(output).__name__,
-                allowed="linear maps and embeddings",
-                fix="let these weights train, or leave the kind of unit out",
-            )
-        seen = output if output.requires_grad else _followed(output)
-        seen.register_hook(self._listener(module, ties, seen))
+        seen = y if y.requires_grad else y.detach().requires_grad_()
+        self._listen(path, ties, seen)
         return seen
 
-    def _listener(self, module: nn.Module, ties: list[Tie], seen: Tensor) -> Callable[..., None]:
+    def _listen(self, path: str, ties: list[Tie], seen: Tensor) -> None:
+        again = torch._C._current_graph_task_id() != -1  # a checkpointed pass, in the backward one
+        if self._pending and not again and self._dropped():
+            self.forget()
         value_BU, version = seen.detach(), seen._version  # the tensor itself would hold its hook
 
         def arrived(gradient_BU: Tensor) -> None:
             if value_BU._version != version:
                 raise refusal(
                     "What a gated layer takes or gives was overwritten before its gradient came",
-                    where=type(module).__name__,
+                    where=path,
                     got="an operation in place",
                     allowed="activations that stay as they are until the backward pass",
                     fix="let these weights train, so that gates learn from their gradients",
                 )
             product_BU = value_BU.float() * gradient_BU.float()
-            self._add(ties, product_BU.flatten(0, -2).sum(0))
+            self._add(ties, product_BU.reshape(-1, product_BU.shape[-1]).sum(0))
 
-        return arrived
+        seen.register_hook(arrived)
+
+    def _dropped(self) -> bool:
+        """Whether gradients of a backward pass are gone, which no step has taken."""
+        return bool(self._learning) and all(p.grad is None for p in self._learning)
 
     def _add(self, ties: Sequence[Tie], product_U: Tensor) -> None:
+        self._pending = True
         for tie in ties:
             old = self._products[tie.group]
             if tie.whole is not None:
@@ -156,7 +161,7 @@ class ActivationSlopes:
         Args:
             gates: Any values by group, for their shapes and devices; float32.
         """
-        groups = {tie.group for name in self.told for tie in self._ties[name]}
+        groups = {tie.group for name in self.covered for tie in self._ties[name]}
         self._products = {g: torch.zeros_like(x) for g, x in gates.items() if g in groups}
 
     def take(self, scale: float) -> dict[str, Tensor]:
@@ -179,6 +184,7 @@ class ActivationSlopes:
 
     def forget(self) -> None:
         """Drops what was seen."""
+        self._pending = False
         for product in self._products.values():
             product.zero_()
 
@@ -190,42 +196,45 @@ class ActivationSlopes:
             parameter.requires_grad_(False)
         self._handles.clear()
         self._woken.clear()
-
-
-@dataclass(frozen=True, slots=True)
-class _Use:
-    """One module that a parameter belongs to, and the layer of peft's around it."""
-
-    path: str
-    module: nn.Module
-    inner: nn.Module
+        self._learning.clear()
 
 
 def _uses(model: nn.Module) -> dict[int, list[_Use]]:
+    """The modules that each parameter belongs to; the layer of peft's stands for what it holds."""
     adapted = adapted_layers(model)
     found: dict[int, list[_Use]] = {}
-    for path, inner in model.named_modules():
+    for path, owner in model.named_modules():
         parts = path.split(".")
         above = [".".join(parts[: len(parts) - n]) for n in (1, 2)]
-        outer = next((p for p in above if p in adapted), path)
-        module = adapted.get(outer, inner)
-        for parameter in inner.parameters(recurse=False):
-            found.setdefault(id(parameter), []).append(_Use(outer, module, inner))
+        called = next((p for p in above if p in adapted), path)
+        for parameter in owner.parameters(recurse=False):
+            found.setdefault(id(parameter), []).append((called, owner))
     return found
+
+
+def _places(uses: Mapping[str, Sequence[_Use]], frozen: Collection[str]) -> set[str]:
+    """Layers of frozen weights, and wherever else one is used that shares a layer with them."""
+    found: set[str] = set()
+    while True:
+        more = {
+            path
+            for name, places in uses.items()
+            if _mapped(places) and (name in frozen or any(path in found for path, _ in places))
+            for path, _ in places
+        }
+        if more <= found:
+            return found
+        found |= more
+
+
+def _mapped(uses: Sequence[_Use]) -> bool:
+    return all(_is_map(owner) for _, owner in uses)
 
 
 def _is_map(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | nn.Embedding) or is_transposed_linear(module)
 
 
-def _sort_in(place: _Place, use: _Use, parameter: Tensor, tie: Tie) -> None:
-    """To the gates on inputs or on outputs; weight and adapters say the same of one gate."""
-    inner = use.inner
-    outputs = 1 if isinstance(inner, nn.Embedding) or is_transposed_linear(inner) else 0
-    out = tie.whole is not None or parameter.dim() == 1 or tie.dim == outputs
-    (place.outputs if out else place.inputs).setdefault((tie.group, tie.whole), tie)
-
-
-def _followed(x: Tensor) -> Tensor:
-    """The same values, with a gradient that this use alone gives."""
-    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+def _on_outputs(owner: nn.Module, parameter: Tensor, tie: Tie) -> bool:
+    outputs = 1 if isinstance(owner, nn.Embedding) or is_transposed_linear(owner) else 0
+    return tie.whole is not None or parameter.dim() == 1 or tie.dim == outputs

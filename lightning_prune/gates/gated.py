@@ -51,7 +51,7 @@ class Gated:
         ties: What multiplies each of them, by name.
         shapes: Shapes of the groups of gates, by name.
         budget: What presses on them.
-        told: Parameters of which the gates hear otherwise, by `tell`, and not from their gradients.
+        by_activation: Parameters whose gates learn by `add_products`, and not from gradients.
 
     Attributes:
         raw: Copies of the parameters without gates, by name.
@@ -66,9 +66,9 @@ class Gated:
         ties: Mapping[str, Sequence[Tie]],
         shapes: Mapping[str, Sequence[int]],
         budget: Budget,
-        told: Collection[str] = (),
+        by_activation: Collection[str] = (),
     ) -> None:
-        self._gating, self._told = gating, frozenset(told)
+        self._gating, self._by_activation = gating, frozenset(by_activation)
         self._parameters = {n: p.detach() for n, p in parameters.items() if n in ties}
         self.raw = {n: p.clone() for n, p in self._parameters.items()}
         device = next(iter(self.raw.values())).device
@@ -162,7 +162,7 @@ class Gated:
             gradient: Overwritten.
             scale: What a gradient scaler has multiplied the loss by.
         """
-        if name not in self._told:
+        if name not in self._by_activation:
             product = gradient.float() * self.raw[name].float()
             if scale != 1:
                 product /= scale
@@ -171,7 +171,7 @@ class Gated:
         by = self._factor(name, self._shown) if by is None else by
         gradient.mul_(by.to(gradient.dtype))
 
-    def tell(self, products: Mapping[str, Tensor]) -> None:
+    def add_products(self, products: Mapping[str, Tensor]) -> None:
         """Takes in the derivatives of the loss by gates, each times the gate that was shown.
 
         A gate that was exactly 0 does not learn from the step, as it does not from any.

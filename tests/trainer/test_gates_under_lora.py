@@ -9,10 +9,11 @@ import lightning as L
 import pytest
 import torch
 import transformers
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
 from lightning_prune.anatomy import survey
-from lightning_prune.callbacks import HardConcretePruning
+from lightning_prune.callbacks import GradualMagnitudePruning, HardConcretePruning
 from lightning_prune.gates.places import unit_ties
 from lightning_prune.gates.ties import factor
 from lightning_prune.lora import lora_layers
@@ -21,6 +22,7 @@ from tests.adapted import Module, empty_units
 from tests.conformance.toy import OPTIMIZERS, batches, train
 from tests.conformance.watch import copied, same_bits, weights
 from tests.refusals import refused
+from tests.structured import bert
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 LIMIT = math.log(100)
@@ -166,7 +168,7 @@ def test_what_is_merged_and_cut_says_what_was_trained(units):
     tokens = batches()[0][0]
     model, callback, before = Module("llama"), gates(units=units, compact=True), Before()
     full = sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n)
-    train(model, callback, before)
+    train(model, before, callback)  # its hooks come first
     model.net.eval()
     assert not any("lora_" in n or "base_layer" in n for n, _ in model.named_parameters())
     assert removals_of(model) is not None
@@ -229,7 +231,124 @@ def test_a_second_fit_goes_on_and_nothing_is_left_on_the_model():
     assert any(empty_units(model).values())
 
 
+def test_a_loss_that_is_scaled_teaches_gates_the_same():
+    """float16 has a gradient scaler; what gates learn is divided by its scale."""
+    found = []
+    for scale in (None, 2.0**10):
+        callback = gates(start=0, end=6, gate_lr=0.3)
+        trail, plugins = Slopes(callback), {}
+        if scale is not None:
+            scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10_000)
+            plugins = {"plugins": MixedPrecision("16-mixed", "cpu", scaler)}
+        train(Module("llama", optimizer="sgd"), callback, trail, **plugins)
+        found.append(trail.seen[0])
+    exact, other = found
+    for name, slope in exact.items():
+        assert float((other[name] - slope).norm()) < 0.05 * float(slope.norm()), name
+
+
+class Slopes(L.Callback):
+    """The gates' gradients at each of their steps."""
+
+    def __init__(self, callback: HardConcretePruning) -> None:
+        self.callback, self.seen = callback, []
+
+    def on_train_start(self, *_: Any) -> None:
+        gated = self.callback._gated
+        learn = gated.learn
+
+        def noted(step: int, progress: float) -> None:
+            if step > gated.learned:
+                self.seen.append(copied(gated._gradients))
+            learn(step, progress)
+
+        gated.learn = noted
+
+
+@pytest.mark.parametrize("loss", [float("nan"), 1.0], ids=["not finite", "finite"])
+def test_gradients_that_are_dropped_teach_gates_nothing(loss):
+    class Drops(Module):
+        def __init__(self, dropped: int) -> None:
+            super().__init__("llama", optimizer="sgd")
+            self.automatic_optimization, self.dropped = False, dropped
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            if batch_idx == self.dropped:
+                self.manual_backward(self.loss(batch) * loss)
+                optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    found = []
+    for dropped in (1, -1):
+        callback = gates(start=0, gate_lr=0.3, total_steps=10)
+        trail = Slopes(callback)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            train(Drops(dropped), callback, trail)
+        found.append(trail.seen)
+    for one, other in zip(*found, strict=True):
+        assert all(torch.equal(one[n], other[n]) for n in other)
+
+
+def test_a_step_that_is_left_out_teaches_gates_nothing():
+    class Skips(Module):
+        def __init__(self, times: float) -> None:
+            super().__init__("llama", optimizer="sgd")
+            self.times = times
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return self.loss(batch) * (self.times if batch_idx == 1 else 1.0)
+
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any) -> None:
+            if batch_idx == 1:
+                closure()  # gradients, and no step
+            else:
+                optimizer.step(closure=closure)
+
+    found = []
+    for times in (1.0, 0.0):
+        callback = gates(start=0, end=6, gate_lr=0.3, total_steps=6)
+        trail = Slopes(callback)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            train(Skips(times), callback, trail)
+        assert callback.finished
+        found.append(trail.seen)
+    for one, other in zip(*found, strict=True):
+        assert all(torch.equal(one[n], other[n]) for n in other)
+
+
+def test_other_callbacks_leave_adapters_where_they_are():
+    model = Module("llama")
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    callback = GradualMagnitudePruning(
+        0.5, units=["heads", "ffn"], start=2, end=8, every=2, compact="early"
+    )
+    train(model, callback)
+    assert removals_of(model) is not None
+    assert any("lora_A" in n for n, _ in model.named_parameters())
+
+
+def test_a_callback_that_saw_adapters_selects_as_before_elsewhere():
+    callback = gates()
+    callback.selection(Module("llama"))
+    half = bert()
+    for number, parameter in enumerate(half.parameters()):
+        parameter.requires_grad_(bool(number % 2))
+    names = [t.name for t in callback.selection(half).targets]
+    assert names
+    assert all(half.get_parameter(n).requires_grad for n in names)
+
+
 def test_what_cannot_be_is_refused_before_the_first_batch():
+    compiled = Module("llama")
+    compiled.net.compile(backend="eager")
+    with refused(where="net", got="torch.compile", fix="afterwards"):
+        train(compiled, gates())
     with refused(where="compact='early'", got="LoRA", fix="compact=True"):
         train(Module("llama"), gates(compact="early"))
     with refused(got="frozen"):

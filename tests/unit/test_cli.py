@@ -162,7 +162,15 @@ def test_every_example_parses_for_every_command_and_instantiates(path, tmp_path,
     for command in ("fit", "validate", "plan"):
         made = PruneCLI([command, "--config", str(path)])
         assert made.folder.name.startswith("runs/")
-        assert [c.sparsity for c in made._pruning()] in ([0.8], [0.9], [0.5], [0.3], [0.6], [0.2], [0.0])
+        assert [c.sparsity for c in made._pruning()] in (
+            [0.8],
+            [0.9],
+            [0.5],
+            [0.3],
+            [0.6],
+            [0.2],
+            [0.0],
+        )
     assert list(tmp_path.iterdir()) == []
 
 

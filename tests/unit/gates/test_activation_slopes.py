@@ -149,8 +149,8 @@ def test_with_some_weights_frozen_all_gates_hear_once(family):
     found = {n: torch.zeros_like(g) for n, g in gates.items()}
     for name, product in slopes.take(1.0).items():
         found[name] += product / gates[name]
-    assert set(still) <= slopes.told
-    for name in ties.keys() - slopes.told:
+    assert set(still) <= slopes.covered
+    for name in ties.keys() - slopes.covered:
         product = model.get_parameter(name).grad * raw[name]
         for group, slope in gate_gradients(ties[name], gates, product).items():
             found[group] += slope
@@ -239,5 +239,5 @@ def test_an_activation_that_was_overwritten_is_refused():
 
     down.register_forward_hook(overwrite)
     loss = loss_of(model)
-    with refused(where="Linear", got="in place", fix="train"):
+    with refused(where="0.mlp.down_proj", got="in place", fix="train"):
         loss.backward()

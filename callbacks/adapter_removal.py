@@ -14,10 +14,10 @@ from lightning_prune.lora.wrappers import check_nothing_dropped
 from lightning_prune.removal import RemovalPlan, remove
 from lightning_prune.targets import Target
 
-__all__ = ["check_mergeable", "check_not_early", "merge_adapters", "remove_units"]
+__all__ = ["check_adapters", "check_not_early", "merge_adapters", "remove_units"]
 
 
-def check_mergeable(rows: Sequence[lora.LoRALayer], model: nn.Module | None) -> None:
+def check_adapters(rows: Sequence[lora.LoRALayer], model: nn.Module | None) -> None:
     """Refuses what could not be merged in the end, before anything is trained.
 
     Args:
@@ -66,11 +66,11 @@ def merge_adapters(
 
 
 def remove_units(module: nn.Module, kept: Mapping[str, Tensor]) -> None:
-    """Cuts out of a merged model what its units under adapters were.
+    """Cuts units out of a model whose adapters have been merged.
 
     Args:
         module: Changed in place.
-        kept: Bool masks by group name.
+        kept: Which units stay: bool masks by group name.
     """
     anatomy = survey(module, stream="hidden" in kept)
     remove(module, RemovalPlan.of(anatomy, kept))
