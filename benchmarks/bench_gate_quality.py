@@ -69,9 +69,12 @@ def learner(module: L.LightningModule, how: str, seed: int, options: argparse.Na
     if how == "layers":
         losses["hidden"] = HiddenStates(layers="cofi-v4", map="linear")
         weights["hidden"] = 0.9
+    bench_quality.STEPS = LENGTH  # of the teacher, where it is not there yet
+    network = teacher(options, seed)
+    bench_quality.STEPS = options.steps
     return DistillationModule(
         module,
-        teacher=teacher(options, seed),
+        teacher=network,
         losses=losses,
         weights=weights,
         task_weight=0.5,
@@ -146,8 +149,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"- Machine: {rows[0]['machine']}",
         "- Command: `python benchmarks/bench_gate_quality.py --data PATH --work FOLDER`",
         f"- {LENGTH} steps of 32 sentences at rate {rows[0]['rate']}, {rows[0]['precision']}.",
-        "- Speed-up: 64 tokens, float32, interleaved with the dense network, two threads, nothing "
-        "else running. A dash was not timed.",
+        "- Speed-up: 64 tokens, float32, interleaved with the dense network"
+        + next((f"; {r['latency_machine']}" for r in rows if "latency" in r), "")
+        + ". A dash was not timed.",
         "- In the paper (BERT-base): over 10 times at 95%, layer by layer most accurate.",
         "",
         "| zero | gates | distilled | accuracy | encoder weights left | speed-up, batch 1 | 32 |",
@@ -165,7 +169,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         "## How near the budget",
         "",
         "The nearest size that fits leaves room for less than one more unit, and the smallest unit "
-        f"is a neuron ({NEURON} weights): 0 units off where less than one neuron would still fit.",
+        f"is a neuron ({NEURON} weights): 0 units off where less than one neuron would still fit. "
+        "Rows of other lengths: `--steps` and `--seeds`.",
         "",
         "| zero | gates | distilled | steps | seed | room left, neurons | units off |",
         "|---" * 7 + "|",
@@ -205,11 +210,11 @@ def main() -> None:
         for units in UNITS
         for how in DISTILLED
     ):
-        arm, key = f"{units}:{how}", (units, how, sparsity, seed, options.steps)
+        arm = f"{units}:{how}"
+        key = (units, how, sparsity, seed, options.steps, options.rate, options.precision)
+        named = ("units", "distilled", "sparsity", "seed", "steps", "rate", "precision")
         rows = stored() if STORE.exists() else []
-        done = [
-            (r["units"], r["distilled"], r["sparsity"], r["seed"], r["steps"]) == key for r in rows
-        ]
+        done = [tuple(r[name] for name in named) == key for r in rows]
         if any(done) or (options.only and not {arm, f"{arm}:{sparsity:g}"} & {*options.only}):
             continue
         row = run(units, how, sparsity, seed, options)

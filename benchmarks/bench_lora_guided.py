@@ -9,10 +9,9 @@ validation text in the same order for all arms; perplexity on 16,384 tokens of i
 merged and cut models. All arms choose with the budget and the shares of `LoRAPruning`: what differs
 is the score, and when units go. "guided" prunes from 10% to 90% of the run; "one-shot" cuts before
 the first step by |w * gradient| over 16 of the training rows, as LLM-Pruner does; "random" cuts
-then, too. Bytes of gradients are counted in every step. FOLDER keeps the small models.
+then, too. Bytes of gradients are counted in every step.
 
-All 30 layers by default, at three times the cost of ten: without the others the first ten are no
-language model (21.8 nats a token, twice those of a uniform guess; 14.5 after 12 steps).
+All 30 layers by default: without the others the first ten are no language model.
 Each arm's row is written as it ends; a run that is started again goes on where it stopped.
 """
 
@@ -175,7 +174,6 @@ def run(arm: str, sparsity: float, seed: int, options: argparse.Namespace) -> di
         raise SystemExit(f"{arm} at {sparsity}: adapters are left")
     small = module.model
     parameters, left, heads, neurons = sizes(small)
-    torch.save(small, options.work / f"lora-{arm}-{sparsity:g}-{seed}.pt")
     return {
         "arm": arm,
         "sparsity": sparsity,

@@ -100,7 +100,7 @@ def load_adapter(
     Raises:
         PruneError: If no masks were saved or their file is damaged, if the adapter was trained
             under other masks, or the model's zeros are not those that it was trained on. The model
-            has no adapter then.
+            has no adapter then. Values of weights that are not zero are not compared.
     """
     from peft import PeftModel
 
