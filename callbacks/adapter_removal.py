@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -14,7 +14,16 @@ from lightning_prune.lora.wrappers import check_nothing_dropped
 from lightning_prune.removal import RemovalPlan, remove
 from lightning_prune.targets import Target
 
-__all__ = ["check_adapters", "check_not_early", "merge_adapters", "remove_units"]
+__all__ = [
+    "check_adapters",
+    "check_no_zeros_filled",
+    "check_not_early",
+    "merge_adapters",
+    "remove_units",
+]
+
+
+_CHANCE = 0.01  # the share of zeros up to which they are there by chance, as in GGUF files
 
 
 def check_adapters(rows: Sequence[lora.LoRALayer], model: nn.Module | None) -> None:
@@ -28,6 +37,29 @@ def check_adapters(rows: Sequence[lora.LoRALayer], model: nn.Module | None) -> N
         row.check_dense("Pruning under adapters")
     if model is not None:
         check_nothing_dropped(model, rows)
+
+
+def check_no_zeros_filled(
+    callback: str, rows: Sequence[lora.LoRALayer], pruned_elsewhere: Collection[str]
+) -> None:
+    """Refuses dense adapters over weights whose zeros a merge would fill.
+
+    Args:
+        callback: Its name.
+        rows: The model's LoRA layers.
+        pruned_elsewhere: Names of weights that other callbacks prune.
+    """
+    for row in rows:
+        zeros = 1 - count_true(row.weight.detach() != 0) / max(1, row.weight.numel())
+        others = row.weight_name in pruned_elsewhere
+        if (zeros > _CHANCE or others) and row.mask is None:
+            raise refusal(
+                "Merging a dense adapter would fill the zeros of the weight under it",
+                where=f"{callback}, {row.weight_name}",
+                got="another callback prunes it" if others else f"{zeros:.0%} of it is zero",
+                allowed="a dense weight, or adapters with masks: lightning_prune.lora.attach",
+                fix="attach masks to the adapters, or leave compact and merge out",
+            )
 
 
 def check_not_early(callback: str, compact: bool | str) -> None:

@@ -188,6 +188,13 @@ class CompactingCallback(ObservingCallback):
         """Takes out what is empty."""
         compact_(pl_module)
 
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Lets go of the model."""
+        vars(pl_module).pop("on_load_checkpoint", None)
+        super().on_exception(trainer, pl_module, exception)
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Lets go of the model."""
         vars(pl_module).pop("on_load_checkpoint", None)

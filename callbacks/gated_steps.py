@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.callbacks.observing import loss_scale, will_skip
+from lightning_prune.errors import refusal
 from lightning_prune.gates.activation_slopes import ActivationSlopes
 from lightning_prune.gates.budget import Budget
 from lightning_prune.gates.gated import Gated, Gating
@@ -52,6 +53,8 @@ class GatedSteps:
         if will_skip(trainer, optimizer):
             self.drop()
             return
+        if self._slopes.covered and not self._slopes.heard:
+            self._check_heard(optimizer)
         scale = loss_scale(trainer, optimizer)
         for target in targets:
             if target.name in self.gated.raw:
@@ -63,6 +66,17 @@ class GatedSteps:
         # a loss that was scaled has scaled what activations say, whoever unscales the gradients
         self.gated.add_products(self._slopes.take(1.0 if scaler is None else scaler.get_scale()))
         self._taken = True
+
+    def _check_heard(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuses a step with gradients of which no activation under gates has told."""
+        if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            raise refusal(
+                "Gates on frozen weights learn from activations, and hear of none",
+                where="HardConcretePruning, the first step under gates",
+                got="gradients, and no call of a layer under gates that hooks could see",
+                allowed="a network whose layers are called as modules, and that is not compiled",
+                fix="leave torch.compile out, or let the weights under gates train",
+            )
 
     def after(self, targets: Iterable[Target], step: int, progress: float) -> None:
         """Takes the raw weights over from an optimizer, and makes the gates' own step.

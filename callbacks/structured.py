@@ -20,10 +20,12 @@ from lightning_prune.anatomy.networks import network_in
 from lightning_prune.callbacks.activity import Activity
 from lightning_prune.callbacks.adapter_removal import (
     check_adapters,
+    check_no_zeros_filled,
     check_not_early,
     merge_adapters,
     remove_units,
 )
+from lightning_prune.callbacks.base import MaskCallback
 from lightning_prune.callbacks.compacting import CompactingCallback
 from lightning_prune.callbacks.settings import Settings
 from lightning_prune.criteria import Criterion, Observer
@@ -212,8 +214,11 @@ class StructuredCallback(CompactingCallback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Attaches what masks on weights cannot stand for: skipped layers, norms of fewer."""
         if self._under_adapters(pl_module):
-            check_adapters(lora_layers(pl_module), pl_module if self.compact else None)
+            rows = lora_layers(pl_module)
+            check_adapters(rows, pl_module if self.compact else None)
             check_not_early(self.name, self.compact)
+            if self.compact:
+                check_no_zeros_filled(self.name, rows, self._pruned_elsewhere(trainer, pl_module))
         super().on_fit_start(trainer, pl_module)
         members = self._members
         if isinstance(members, UnitMembers) and members.layout is not None:
@@ -231,6 +236,12 @@ class StructuredCallback(CompactingCallback):
         """Whether units go from under adapters, which are merged before the cut."""
         asked = self.settings.frozen == "adapters" and self.units is not None
         return asked and bool(adapted_layers(model))
+
+    def _pruned_elsewhere(self, trainer: L.Trainer, model: torch.nn.Module) -> set[str]:
+        """Names of the single weights that other callbacks of the run prune."""
+        pruners = [c for c in trainer.callbacks if isinstance(c, MaskCallback)]  # type: ignore[attr-defined]
+        others = [c for c in pruners if c is not self and getattr(c, "units", None) is None]
+        return {t.name for c in others for t in c.selection(model).targets}
 
     def _check_unused(self, trainer: L.Trainer, layout: Layout) -> None:
         """Refuses layers that would get no gradient where DDP waits for all gradients."""

@@ -111,10 +111,11 @@ class UnitPolicy(Policy):
         for group in self.layout.groups if self.given is None else ():
             owned = {p.tensor for p in group.parts}
             owned |= {n for n in mine for s in group.sites if s.owns(n)}
-            if not mine & owned:
+            untold = [s.path for s in group.sites if not any(s.owns(n) for n in mine)]
+            if not mine & owned or untold:
                 raise refusal(
                     "No selected weight belongs to a unit, so that it has no score",
-                    where=f"units={list(self.layout.kinds)}, {group.name}",
+                    where=f"units={list(self.layout.kinds)}, {next(iter(untold), group.name)}",
                     got=f"{len(mine)} selected weights elsewhere",
                     allowed="a selection with weights of every unit",
                     fix="change targets and exclude, or leave this kind of unit out",
@@ -221,6 +222,17 @@ class UnitPolicy(Policy):
             if not smaller or not size(chosen) < size(other) <= (1 - sparsity) * total + _SLACK:
                 break
             chosen = other
+        room, full = (1 - sparsity) * total + _SLACK, set[str]()
+        while size(chosen) < floor - _SLACK:  # the best of those that fit come back
+            last = {step.chain: step for step in chosen if step.chain not in full}
+            if not last:
+                break
+            best = max(last.values(), key=lambda step: step.score)
+            fewer = [step for step in chosen if step is not best]
+            if size(fewer) <= room:
+                chosen = fewer
+            else:
+                full.add(best.chain)
         return after(chosen)
 
     def _least(self, group: Group) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.anatomy.adapted import adapted_layers
+from lightning_prune.anatomy.networks import network_in
 from lightning_prune.errors import refusal
 from lightning_prune.gates.ties import Tie
 from lightning_prune.targets import is_transposed_linear
@@ -40,6 +41,7 @@ class ActivationSlopes:
         frozen: Names of those that do not learn.
 
     Attributes:
+        heard: Whether any activation has told anything yet.
         covered: Names of the parameters whose gates learn from here: frozen ones, and those that
             share a layer with them, such as adapters.
     """
@@ -50,6 +52,7 @@ class ActivationSlopes:
         self._ties = dict(ties)
         self._products: dict[str, Tensor] = {}  # derivatives by gates, times those gates
         self._pending = False  # whether anything was seen that no step has taken
+        self.heard = False
         self._handles: list[RemovableHandle] = []
         self._woken: list[nn.Parameter] = []
         self._learning = [p for p in model.parameters() if p.requires_grad]
@@ -74,6 +77,9 @@ class ActivationSlopes:
         for path, of_outputs in outputs.items():
             after = partial(self._after, path, list(of_outputs.values()))
             self._handles.append(modules[path].register_forward_hook(after))
+        if places:  # where all sub-layers are closed at once, a loss still needs a gradient
+            entry: Any = network_in(model)[1]
+            self._handles.append(entry.get_input_embeddings().register_forward_hook(_followed))
         alone = {id(parameters[n]): n for n in frozen if not _mapped(uses[id(parameters[n])])}
         for name in alone.values():
             self._wake(name, parameters[name])
@@ -145,7 +151,7 @@ class ActivationSlopes:
         return bool(self._learning) and all(p.grad is None for p in self._learning)
 
     def _add(self, ties: Sequence[Tie], product_U: Tensor) -> None:
-        self._pending = True
+        self._pending = self.heard = True
         for tie in ties:
             old = self._products[tie.group]
             if tie.whole is not None:
@@ -197,6 +203,10 @@ class ActivationSlopes:
         self._handles.clear()
         self._woken.clear()
         self._learning.clear()
+
+
+def _followed(module: nn.Module, args: Any, y: Tensor) -> Tensor:
+    return y.requires_grad_() if torch.is_grad_enabled() and not y.requires_grad else y
 
 
 def _uses(model: nn.Module) -> dict[int, list[_Use]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_prune.anatomy.adapted import adapted_layers
 from lightning_prune.errors import refusal
 from lightning_prune.lora.layers import lora_layers, plain_name
 from lightning_prune.lora.mask_hash import mask_hash
@@ -105,9 +106,17 @@ def load_adapter(
     from peft import PeftModel
 
     stored, about = _stored(Path(folder) / _FILE)
+    _check_weights(Path(folder) / "adapter_model.safetensors")
+    if adapted_layers(model):
+        raise refusal(
+            "An adapter is put onto a model that has one",
+            where="load_adapter(model)",
+            got=f"LoRA on {next(iter(adapted_layers(model)))}",
+            allowed="the sparse model without adapters",
+            fix="merge or unload the other adapter first; peft's load_adapter adds a second one",
+        )
     if masks is not None:
-        given = {plain_name(n): m for n, m in masks.items() if plain_name(n) in stored}
-        _check_same(about["masks"], mask_hash(given), f"load_adapter(masks=...), {folder}")
+        _check_same(about["masks"], mask_hash(_of_layers(masks, stored)), "load_adapter(masks=...)")
     parameters = {plain_name(name): p for name, p in model.named_parameters()}
     unknown = [
         n for n, m in stored.items() if n not in parameters or parameters[n].shape != m.shape
@@ -119,7 +128,8 @@ def load_adapter(
             got="no such weight" if unknown[0] not in parameters else "a weight of another shape",
             allowed=f"a model with weights named as in {folder}, of shape "
             f"{tuple(stored[unknown[0]].shape)} here",
-            fix="load the sparse model that the adapter was trained on",
+            fix="load the sparse model that the adapter was trained on, and give the network "
+            "itself, not a module around it",
         )
     zeros = mask_hash({name: parameters[name].detach() != 0 for name in stored})
     _check_same(about["base"], zeros, f"load_adapter(model), {folder}")
@@ -128,6 +138,43 @@ def load_adapter(
     mode: Mode = "scale" if about["mode"] == "scale" else "mask"
     attach(found, stored, mode)
     return found
+
+
+def _of_layers(masks: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """Masks by the names that were saved; a module around the network may have named them."""
+    found = {}
+    for name in names:
+        fit = [n for n in masks if f".{plain_name(n)}".endswith(f".{name}")]
+        if len(fit) == 1:
+            found[name] = masks[fit[0]]
+    if not found:
+        raise refusal(
+            "No mask is for a layer of the adapter",
+            where="load_adapter(masks=...)",
+            got=", ".join(list(masks)[:3]) or "no masks",
+            allowed=f"names such as {next(iter(names))}",
+            fix="leave masks out for those that were saved",
+        )
+    return found
+
+
+def _check_weights(file: Path) -> None:
+    """Refuses an adapter that peft would fail on after it has changed the model."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), "pt") as opened:
+            opened.keys()
+        if not (file.parent / "adapter_config.json").exists():
+            raise FileNotFoundError("adapter_config.json")
+    except (OSError, SafetensorError) as error:
+        raise refusal(
+            "An adapter cannot be read",
+            where=str(file.parent),
+            got=f"{type(error).__name__}: {error}",
+            allowed="adapter_config.json and adapter_model.safetensors, as peft saves them",
+            fix="copy the folder anew",
+        ) from error
 
 
 def _check_same(then: str, now: str, where: str) -> None:

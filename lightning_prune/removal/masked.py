@@ -108,6 +108,8 @@ def _count_kept(mask: Tensor) -> Callable[..., Tensor | None]:
     def hook(module: nn.LayerNorm, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if bool(mask.all()):
             return None
+        if not bool(mask.any()):  # gates may be closed all at once
+            return output * 0
         x = given[0] if given[0].dtype == torch.float64 else given[0].float()
         kept = mask.to(x)
         share = kept.mean()

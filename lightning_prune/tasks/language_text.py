@@ -154,7 +154,7 @@ class LanguageDataModule(L.LightningDataModule):
         if prompt_field is not None and (text_field is not None or objective == "masked"):
             got = f"prompt_field={prompt_field!r}, text_field={text_field!r}, {objective}"
             raise _refused("prompt_field", got, "no text_field beside it, and a causal model")
-        if prompt_prefix and prompt_field is None:
+        if not isinstance(prompt_prefix, str) or (prompt_prefix and prompt_field is None):
             raise _refused("prompt_prefix", prompt_prefix, "a text beside prompt_field")
         self.source = source
         self.config = config

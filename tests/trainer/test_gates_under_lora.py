@@ -13,10 +13,10 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
 from lightning_prune.anatomy import survey
-from lightning_prune.callbacks import GradualMagnitudePruning, HardConcretePruning
+from lightning_prune.callbacks import GradualMagnitudePruning, HardConcretePruning, LoRAPruning
 from lightning_prune.gates.places import unit_ties
 from lightning_prune.gates.ties import factor
-from lightning_prune.lora import lora_layers
+from lightning_prune.lora import attach, lora_layers
 from lightning_prune.removal import removals_of
 from tests.adapted import Module, empty_units
 from tests.conformance.toy import OPTIMIZERS, batches, train
@@ -342,6 +342,56 @@ def test_a_callback_that_saw_adapters_selects_as_before_elsewhere():
     names = [t.name for t in callback.selection(half).targets]
     assert names
     assert all(half.get_parameter(n).requires_grad for n in names)
+
+
+def test_all_sub_layers_may_be_closed_at_once():
+    class Closed(HardConcretePruning):
+        def _show(self, wanted: Any = None) -> None:
+            shut = {n: torch.zeros_like(x) for n, x in self._steps.gated.locations.items()}
+            super()._show(shut if wanted is None and self.step == 3 else wanted)
+
+    for name, units in (("llama", ["attention", "mlp"]), ("bert", ["hidden"])):
+        callback = Closed(0.5, start=1, end=8, ramp=4, units=units, compact=True, min_density=0.1)
+        model = Module(name)
+        train(model, callback)
+        assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_a_network_that_hooks_do_not_see_is_noticed():
+    class Past(Module):
+        def loss(self, batch: Any) -> torch.Tensor:
+            held = {
+                m: (m._forward_hooks.copy(), m._forward_pre_hooks.copy()) for m in self.modules()
+            }
+            for m in held:  # as a network that was compiled before the hooks came
+                m._forward_hooks.clear()
+                m._forward_pre_hooks.clear()
+            found = super().loss(batch)
+            for m, (after, before) in held.items():
+                m._forward_hooks.update(after)
+                m._forward_pre_hooks.update(before)
+            return found
+
+    with refused(where="first step", got="no call of a layer", fix="torch.compile"):
+        train(Past("llama"), gates())
+
+
+def test_zeros_that_a_merge_would_fill_are_refused():
+    model = Module("llama")
+    sparse = next(n for n, _ in model.named_parameters() if "gate_proj.base_layer" in n)
+    other = GradualMagnitudePruning(0.5, start=1, end=8, every=2, targets=[sparse])
+    with refused(where=sparse, got="another callback", fix="attach"):
+        train(model, gates(units=["heads"], compact=True), other)
+    with torch.no_grad():
+        model.get_parameter(sparse)[:4] = 0
+    with refused(where=sparse, got="17% of it is zero", allowed="masks"):
+        train(model, gates(units=["heads"], compact=True))
+    with refused(where=sparse, got="17% of it is zero"):
+        train(model, LoRAPruning(0.5, units=["heads"], spare_first=0, spare_last=0))
+    attach(model, {sparse: model.get_parameter(sparse) != 0})
+    train(model, gates(units=["heads"], compact=True))
+    plain = model.get_parameter(sparse.replace("base_model.model.", "").replace("base_layer.", ""))
+    assert not bool(plain[:4].any())
 
 
 def test_what_cannot_be_is_refused_before_the_first_batch():

@@ -78,6 +78,15 @@ def test_another_mask_is_refused_and_the_model_stays_bare(tmp_path):
         with refused(where="load_adapter(model)", got="when it was saved", fix="new adapter"):
             load_adapter(other, folder)
         assert nets.same(before, nets.snapshot(other))
+    loaded = load_adapter(copy.deepcopy(base), folder)
+    with refused(where="load_adapter(model)", got="LoRA on", fix="merge"):
+        load_adapter(loaded, folder)
+    around = {f"net.{n}": m for n, m in masks.items()}  # as a LightningModule names them
+    load_adapter(copy.deepcopy(base), folder, around)
+    with refused(where="masks=...", got="other", allowed="0.weight", fix="leave masks out"):
+        load_adapter(copy.deepcopy(base), folder, {"other.bias": masks["0.weight"]})
+    with refused(where="0.weight", got="no such weight", fix="the network itself"):
+        load_adapter(nn.ModuleDict({"net": copy.deepcopy(base)}), folder)
     wrong = {n: m.flip(0) for n, m in masks.items()}
     with refused(where="masks=...", got="when it was saved"):
         load_adapter(copy.deepcopy(base), folder, wrong)
@@ -110,6 +119,20 @@ def test_what_cannot_be_saved_or_read_is_refused(tmp_path):
         file.write_bytes(content)
         with refused(where="masks.safetensors", got=got):
             load_adapter(copy.deepcopy(base), folder)
+    file.write_bytes(whole)
+    adapter = folder / "adapter_model.safetensors"
+    values = adapter.read_bytes()
+    adapter.write_bytes(values[:50])
+    with refused(where=folder.name, got="Error", allowed="adapter_model.safetensors"):
+        load_adapter(base, folder)
+    adapter.unlink()
+    with refused(where=folder.name, got="No such file"):
+        load_adapter(base, folder)
+    adapter.write_bytes(values)
+    (folder / "adapter_config.json").rename(folder / "away.json")
+    with refused(where=folder.name, got="adapter_config.json"):
+        load_adapter(base, folder)
+    assert not any("lora_" in n for n, _ in base.named_parameters())
     file.unlink()
     with refused(where="masks.safetensors", got="no such file", fix="attach"):
         load_adapter(copy.deepcopy(base), folder)
