@@ -331,6 +331,11 @@ def test_budgets_and_units_that_are_refused():
         )
     with refused(what="No selected weight", fix="targets"):
         train(Module(), pruner(targets=["*attention*"]))
+    half = Module()
+    for name, parameter in half.named_parameters():
+        parameter.requires_grad_("layer.1." not in name)
+    with refused(what="No selected weight", where="layer.1", fix="targets"):
+        train(half, pruner(units="layers", sparsity=0.3, compact=True))
 
 
 def test_a_callback_that_has_cut_a_model_refuses_another():

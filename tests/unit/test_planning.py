@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from lightning_prune import plan_removal, remove
 from lightning_prune.anatomy import Counter, survey
 from lightning_prune.criteria import Random
+from lightning_prune.errors import PruneError
+from tests import families
 from tests.refusals import refused
 from tests.structured import bert, llama
 
@@ -106,6 +108,37 @@ def test_what_is_left_fits_and_little_more_would(sparsity, seed, kinds):
     assert share <= 1 - sparsity + 1e-9
     if "ffn" in kinds and sparsity > 0.01:  # a neuron is 48 of 4992 weights
         assert share > 1 - sparsity - 0.03
+
+
+@given(
+    sparsity=st.floats(0.05, 0.6),
+    seed=st.integers(0, 50),
+    family=st.sampled_from(["llama", "qwen2", "gpt_neox", "bert"]),
+)
+@settings(max_examples=40)
+def test_no_unit_that_went_would_fit(sparsity, seed, family):
+    """However large and small units are mixed by their scores: the largest size that fits."""
+    kinds = ["heads", "ffn"]
+    net = families.network(family, seed % 4)
+    anatomy = survey(net)
+    chance = torch.Generator().manual_seed(seed)
+    groups = [g for g in anatomy if g.kind in kinds]
+    scores = {g.name: torch.rand(g.size, generator=chance) for g in groups}
+    try:
+        plan = plan_removal(net, sparsity, kinds, scores=scores)
+    except PruneError:
+        assume(False)  # more than may go
+    counter = Counter(anatomy, counted(net, kinds))
+    kept = plan.masks(anatomy)
+    room = (1 - sparsity) * float(counter.count({}))
+    assert float(counter.count(kept)) <= room + 1e-6
+    for group in groups:
+        mask = kept.get(group.name, torch.ones(group.size, dtype=torch.bool))
+        gone = (~mask).nonzero().flatten()
+        if len(gone):
+            more = mask.clone()
+            more[gone[0]] = True  # units of a group weigh the same
+            assert float(counter.count({**kept, group.name: more})) > room + 1e-6, group.name
 
 
 @pytest.mark.parametrize("multiple", [3, 5, 8])
