@@ -97,6 +97,13 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
             "all ranks, so that masks agree where weights do not; see HardConcretePruning,",
         )
         | {"model": LoRAUnits},
+        _units(
+            "cut under LoRA",
+            ("2-units_cut",),
+            "Adapters and their names are gone after the cut; see test_gates_under_lora.py, and",
+            compact=True,
+        )
+        | {"model": LoRAUnits},
     ],
     "LoRAPruning": [
         _units(
