@@ -151,3 +151,22 @@ def running_norms(steps, beta):
         else:
             mean = [beta * m + (1 - beta) * n for m, n in zip(mean, norms, strict=True)]
     return mean
+
+
+def joint_norms(tensors, slices):
+    """sqrt of the squares of all that a unit owns: slices[u] = [(name, dim, entry), ...]."""
+    found = []
+    for owned in slices:
+        total = 0.0
+        for name, dim, entry in owned:
+            for row, line in enumerate(tensors[name]):
+                for column, value in enumerate(line):
+                    if (row, column)[dim] == entry:
+                        total += value * value
+        found.append(total**0.5)
+    return found
+
+
+def proximal(norm, amount):
+    """The factor of w_j <- w_j / n_j * max(n_j - amount, 0)."""
+    return max(norm - amount, 0.0) / norm if norm else 1.0
