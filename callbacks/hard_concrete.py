@@ -209,7 +209,7 @@ class HardConcretePruning(StructuredCallback):
     def _levels(self) -> dict[str, float]:
         levels = super()._levels()
         if self._gated is None or self._size is None:
-            return levels
+            return levels | ({"expected": self._actual} if self.finished and self._actual else {})
         expected = 1 - float(self._size(self._gated.open_probabilities))
         return levels | {"target": self.progress * self.sparsity, "expected": expected}
 

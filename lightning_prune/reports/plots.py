@@ -314,13 +314,14 @@ def _panels(
 
 def _draw_sparsity(axes: Axes, name: str, series: Series) -> None:
     """Masks change in steps; the target is drawn wide, so that it shows behind the actual."""
-    target = "target" in name
+    target, expected = "target" in name, "expected" in name
     axes.step(
         series.steps,
         series.values,
         where="post",
-        color=ORANGE if target else BLUE,
+        color=ORANGE if target else GREEN if expected else BLUE,
         linewidth=3.2 if target else 1.5,
+        linestyle="--" if expected else "-",
         label=f"{name.removeprefix('sparsity/')}, {100 * series.last:.2f}% at the end",
     )
 

@@ -286,6 +286,8 @@ def test_a_second_fit_takes_over_gates_and_weights_that_were_loaded_since(sanity
     assert torch.equal(seen["wide.weight"], other.wide.weight)
     assert torch.equal(seen["narrow.weight"], kept)
     assert callback.finished
+    logged = model.trainer.callback_metrics  # the choice is made: nothing is left to expect
+    assert logged["sparsity/expected"] == logged["sparsity/actual"] == pytest.approx(0.5, abs=0.01)
 
 
 def test_a_plan_in_mid_run_moves_nothing():

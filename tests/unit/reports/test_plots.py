@@ -99,6 +99,13 @@ def legend(axes) -> list[str]:
     return [] if found is None else [text.get_text() for text in found.get_texts()]
 
 
+def test_curves_of_one_panel_can_be_told_apart():
+    history = [row | {"sparsity/expected": 0.3} for row in rows(True) if "train_loss" in row]
+    _, panels = plot_training(history)
+    looks = {(line.get_color(), line.get_linestyle()) for line in panels[0].get_lines()}
+    assert len(looks) == len(panels[0].get_lines()) == 3
+
+
 def test_a_run_is_drawn_in_panels():
     _, panels = plot_training(rows(True), dense=rows(False), title="A run")
     assert [axes.get_title(loc="left") for axes in panels] == ["Sparsity", "Loss", "val_accuracy"]
