@@ -40,6 +40,34 @@ ARMS = {
 }
 
 
+class TwoPhases(Classifier):
+    """A rate for the dense difference, and one for what is kept of it, as in the reference.
+
+    Args:
+        rate: Of the first phase: warm-up over 6% of the run, then linear to 0.
+        kept: Of the second phase, the same way.
+        end: When the second phase begins, a step.
+        steps: Of the run.
+    """
+
+    def __init__(self, rate: float, kept: float, end: int, steps: int) -> None:
+        super().__init__(rate)
+        self.kept, self.phases = kept / rate, (end, steps)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.rate, fused=True)
+        end, steps = self.phases
+        warm = max(1, round(0.06 * steps))
+
+        def factor(step: int) -> float:
+            top, first, last = (1.0, 0, end) if step < end else (self.kept, end, steps)
+            rising = (step - first + 1) / warm
+            return top * min(rising, max(0.0, (last - step) / max(1, last - first - warm)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
 class RandomDifference(DiffPruning):
     """The same with a mask that is drawn at random after one step."""
 
@@ -55,9 +83,19 @@ def pruner(arm: str, changed: float, options: argparse.Namespace, seed: int) -> 
     return [RandomDifference(1 - changed, seed)] if arm == "random" else []
 
 
+def settings(arm: str, options: argparse.Namespace) -> list[float]:
+    """What tells two runs of DiffPruning apart."""
+    if arm != "diff":
+        return []
+    return [options.end, options.gate_rate, options.penalty, options.kept_rate]
+
+
 def run(arm: str, changed: float, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     L.seed_everything(seed, verbose=False)
+    steps = options.pieces * EVERY
     module = Classifier(options.rates[arm])
+    if arm == "diff":
+        module = TwoPhases(options.rates[arm], options.kept_rate, round(options.end * steps), steps)
     if arm == "head":
         for name, parameter in module.named_parameters():
             parameter.requires_grad_("classifier" in name)
@@ -92,7 +130,7 @@ def run(arm: str, changed: float, seed: int, options: argparse.Namespace) -> dic
         "seconds": seconds,
         "rate": options.rates[arm],
         "steps": options.pieces * EVERY,
-        "settings": [options.end, options.gate_rate, options.penalty] if arm == "diff" else [],
+        "settings": settings(arm, options),
         "precision": options.precision,
         "machine": minilm.machine(),
     }
@@ -117,8 +155,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         "- The share changed is of all parameters but the head, which trains in every arm.",
         "- File: the delta beside all weights in float32; whether it came back bit for bit.",
         *(f"- {arm}: {text}." for arm, text in ARMS.items()),
+        "- Settings: end, gate rate, penalty, rate after the end.",
         "",
-        "| arm | changed | rate | steps | end, gate rate, penalty | accuracy | file | comes back |",
+        "| arm | changed | rate | steps | settings | accuracy | file | comes back |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for found in groups.values():
@@ -140,7 +179,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--rate", type=float, default=5e-4, help="of diff and random")
+    parser.add_argument("--rate", type=float, default=2e-4, help="of the dense difference")
+    parser.add_argument("--kept-rate", type=float, default=2e-3, help="of what is kept of it")
     parser.add_argument("--full-rate", type=float, default=1e-4)
     parser.add_argument("--head-rate", type=float, default=3e-3)
     parser.add_argument("--gate-rate", type=float, default=0.1)
@@ -156,7 +196,7 @@ def main() -> None:
     options.rates = {
         "full": options.full_rate,
         "head": options.head_rate,
-        "random": options.rate,
+        "random": options.kept_rate,
         "diff": options.rate,
     }
     options.work.mkdir(parents=True, exist_ok=True)
@@ -170,14 +210,13 @@ def main() -> None:
         for arm, changed in arms:
             if options.only and f"{arm}:{changed:g}" not in options.only:
                 continue
-            settings = [options.end, options.gate_rate, options.penalty] if arm == "diff" else []
             wanted = {
                 "arm": arm,
                 "changed": changed,
                 "seed": seed,
                 "rate": options.rates[arm],
                 "steps": options.pieces * EVERY,
-                "settings": settings,
+                "settings": settings(arm, options),
                 "precision": options.precision,
             }
             if any(_key(row) == _key(wanted) for row in rows):
