@@ -17,10 +17,19 @@ from torch import nn
 
 from lightning_prune._version import __version__
 from lightning_prune.callbacks.base import MaskCallback
+from lightning_prune.errors import refusal
 from lightning_prune.export import SavesPretrained, save_pretrained
 from lightning_prune.reports import SparsityReport, plot_layers, plot_training, report
 
-__all__ = ["Measured", "Outcome", "RunFolder", "main_metric", "sparsity_of", "write"]
+__all__ = [
+    "Measured",
+    "Outcome",
+    "RunFolder",
+    "check_merged",
+    "main_metric",
+    "sparsity_of",
+    "write",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +171,19 @@ class Outcome:
         callback = self.trainer.checkpoint_callback
         path = getattr(callback, "best_model_path", "") or getattr(callback, "last_model_path", "")
         return Path(path) if path else None
+
+
+def check_merged(callbacks: Iterable[L.Callback]) -> None:
+    """Refuses a run that would end in adapters beside their weights: no plain model to be saved."""
+    apart = [type(c).__name__ for c in callbacks if getattr(c, "merge", True) is False]
+    if apart:
+        raise refusal(
+            "A run leaves a plain model behind, and adapters that are not merged are none",
+            where=f"{apart[0]}(merge=...)",
+            got=False,
+            allowed="merge: true",
+            fix="leave merge out; in Python lightning_prune.lora.save_adapter keeps them apart",
+        )
 
 
 def sparsity_of(module: nn.Module, callbacks: tuple[MaskCallback, ...] = ()) -> SparsityReport:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,15 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_prune.callbacks.base import MaskCallback
 from lightning_prune.cli import display
-from lightning_prune.cli.outcome import Measured, Outcome, RunFolder, sparsity_of, write
+from lightning_prune.cli.chatter import quieten
+from lightning_prune.cli.outcome import (
+    Measured,
+    Outcome,
+    RunFolder,
+    check_merged,
+    sparsity_of,
+    write,
+)
 from lightning_prune.cli.packaged import locate_all
 from lightning_prune.cli.planning import find_plans, ranks_of
 from lightning_prune.cli.teaching import check_cache, forget_answers, taught_by
@@ -68,7 +73,7 @@ class PruneCLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str]) -> None:
-        _quieten()
+        quieten()
         super().__init__(
             args=list(args),
             trainer_class=PruneTrainer,
@@ -213,6 +218,7 @@ class PruneCLI(LightningCLI):
                 allowed="true beside at least one callback of lightning_prune.callbacks",
                 fix="add one to trainer.callbacks, or write compare_dense: false",
             )
+        check_merged(self.trainer.callbacks)  # type: ignore[attr-defined]
         fast, resumes = self.trainer.fast_dev_run, self.options.get("ckpt_path")  # type: ignore[attr-defined]
         if self.options["train_teacher"] and not (fast or resumes):
             check_cache(self.options["model"], self.folder.path)
@@ -380,21 +386,3 @@ def _as_list(callbacks: Any) -> list[Any]:
     if callbacks is None:
         return []
     return list(callbacks) if isinstance(callbacks, list) else [callbacks]
-
-
-def _quieten() -> None:
-    """Leaves out what Lightning says of devices, seeds and folders that are as they should be."""
-    # Lightning 2.6 calls jsonargparse in a way that is about to be retired.
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (
-        # A later run replaces what an earlier one left: so --output_dir says.
-        "Checkpoint directory .* exists and is not empty",
-        "Experiment logs directory .* exists and is not empty",
-        # Our data is in memory, tokenised: workers would slow it down.
-        "The '.*_dataloader' does not have many workers",
-        # Of torch's own pytree, called by Lightning.
-        "`isinstance.treespec, LeafSpec.` is deprecated",
-    ):
-        warnings.filterwarnings("ignore", message)

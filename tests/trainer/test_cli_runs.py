@@ -200,6 +200,20 @@ def test_a_logger_and_a_checkpoint_of_the_users_own_are_left_alone(tmp_path, cap
     assert "runs/digits/layers.png" in files(tmp_path)
 
 
+def test_adapters_that_would_stay_beside_their_weights_are_refused_first(tmp_path, capsys):
+    recipe = yaml.safe_load((ROOT / "examples" / "digits.yaml").read_text())
+    recipe["trainer"]["callbacks"] = [
+        {
+            "class_path": "lightning_prune.callbacks.LoRAPruning",
+            "init_args": {"sparsity": 0.5, "merge": False},
+        }
+    ]
+    (tmp_path / "apart.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["fit", "--config", "apart.yaml", *SHORT]) == 2
+    assert "merge: true" in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "digits" / "metrics.csv").exists()
+
+
 def test_the_one_line_example_prunes(capsys):
     module = runpy.run_path(str(ROOT / "examples" / "one_line.py"))
     module["main"]()
