@@ -11,12 +11,7 @@ import torch
 
 from lightning_prune import lora
 from lightning_prune.allocation import Allocation, as_allocation
-from lightning_prune.callbacks.adapter_removal import (
-    check_adapters,
-    check_no_zeros_filled,
-    merge_adapters,
-    remove_units,
-)
+from lightning_prune.callbacks.adapter_removal import check_adapters, merge_adapters, remove_units
 from lightning_prune.callbacks.guided_scores import GuidedUnits, GuidedWeights
 from lightning_prune.callbacks.lora_pruning_checks import (
     check_arguments,
@@ -240,10 +235,7 @@ class LoRAPruning(StructuredCallback):
                 "what is zero",
             )
         if self._removed is None:
-            rows = lora.lora_layers(pl_module)
-            check_adapters(rows, pl_module if self.merge else None)
-            if self.merge and self.units is not None:
-                check_no_zeros_filled(self.name, rows, self._pruned_elsewhere(trainer, pl_module))
+            check_adapters(lora.lora_layers(pl_module), pl_module if self.merge else None)
         self._attached = False
         super().on_fit_start(trainer, pl_module)
         if self._timeline is None and self._stash is None:

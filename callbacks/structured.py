@@ -217,7 +217,7 @@ class StructuredCallback(CompactingCallback):
             rows = lora_layers(pl_module)
             check_adapters(rows, pl_module if self.compact else None)
             check_not_early(self.name, self.compact)
-            if self.compact:
+            if self.compact and self._timeline is None and self._stash is None:  # all is whole yet
                 check_no_zeros_filled(self.name, rows, self._pruned_elsewhere(trainer, pl_module))
         super().on_fit_start(trainer, pl_module)
         members = self._members

@@ -21,7 +21,7 @@ from lightning_prune.anatomy.adapted import adapted_layers
 from lightning_prune.anatomy.networks import network_in
 from lightning_prune.errors import refusal
 from lightning_prune.gates.ties import Tie
-from lightning_prune.targets import is_transposed_linear
+from lightning_prune.targets import canonical_name, is_transposed_linear
 
 __all__ = ["ActivationSlopes"]
 
@@ -56,7 +56,8 @@ class ActivationSlopes:
         self._handles: list[RemovableHandle] = []
         self._woken: list[nn.Parameter] = []
         self._learning = [p for p in model.parameters() if p.requires_grad]
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        named = model.named_parameters(remove_duplicate=False)
+        parameters = {canonical_name(n): p for n, p in named}
         uses = _uses(model)
         places = _places({n: uses[id(parameters[n])] for n in ties}, frozen)
         self.covered = set(frozen)

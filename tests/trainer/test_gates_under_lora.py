@@ -13,7 +13,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
 from lightning_prune.anatomy import survey
-from lightning_prune.callbacks import GradualMagnitudePruning, HardConcretePruning, LoRAPruning
+from lightning_prune.callbacks import GradualMagnitudePruning, HardConcretePruning
 from lightning_prune.gates.places import unit_ties
 from lightning_prune.gates.ties import factor
 from lightning_prune.lora import attach, lora_layers
@@ -386,12 +386,26 @@ def test_zeros_that_a_merge_would_fill_are_refused():
         model.get_parameter(sparse)[:4] = 0
     with refused(where=sparse, got="17% of it is zero", allowed="masks"):
         train(model, gates(units=["heads"], compact=True))
-    with refused(where=sparse, got="17% of it is zero"):
-        train(model, LoRAPruning(0.5, units=["heads"], spare_first=0, spare_last=0))
     attach(model, {sparse: model.get_parameter(sparse) != 0})
     train(model, gates(units=["heads"], compact=True))
     plain = model.get_parameter(sparse.replace("base_model.model.", "").replace("base_layer.", ""))
     assert not bool(plain[:4].any())
+
+
+@pytest.mark.parametrize("at", [4, 9])
+def test_a_resumed_run_is_cut_as_the_whole_one(at, tmp_path):
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step == at:
+                trainer.save_checkpoint(tmp_path / "part.ckpt")
+
+    whole = Module("llama")
+    train(whole, gates(compact=True), Save())
+    resumed = Module("llama", seed=5)
+    train(resumed, gates(compact=True), ckpt_path=tmp_path / "part.ckpt")
+    one, other = weights(whole), weights(resumed)
+    assert one.keys() == other.keys()
+    assert all(same_bits(one[n], other[n]) for n in one)
 
 
 def test_what_cannot_be_is_refused_before_the_first_batch():
