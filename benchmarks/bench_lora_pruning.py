@@ -190,7 +190,7 @@ def main() -> None:
 - Command: `python benchmarks/bench_lora_pruning.py --pairs {options.pairs}`
 - SmolLM2-135M, first {LAYERS} layers, {TOKENS} tokens, LoRA of rank {RANK} on all Linears of the
   blocks, fused AdamW, float32; `LoRAPruning(0.5)` of heads and neurons, an update every {EVERY}
-  steps; gates: `HardConcretePruning(0.5)` on the same, on the ramp. Steps in turn in one
+  steps; gates: `HardConcretePruning(0.5)` on the same, midway. Steps in turn in one
   process, {options.pairs} turns.
 
 | variant | median step | median ratio | ratio of means | to reach |
