@@ -44,7 +44,24 @@ ARMS = {
     "movement + KD": '"movement" with 0.5 labels + 0.5 KL at T=2',
     "SMP-L": '"movement" with weights frozen, rate 0.001, head 0.01, uniform',
     "SMP-S": "the same, shares by score",
+    "SMP-L, pooler": "SMP-L with a pooler that learns, too, head and pooler at 0.001",
 }
+POOLED_HEAD = 1e-3
+
+
+class Pooled(Classifier):
+    """The pooler, which the sentence model never used, learns as a part of the head."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__(rate)
+        dense = self.model.bert.pooler.dense
+        self.model.bert.pooler.dense = nn.Identity()
+        first = nn.Linear(384, 384)
+        first.load_state_dict(dense.state_dict())
+        head = (first, nn.Tanh(), nn.Dropout(0.1), nn.Linear(384, 2))
+        self.model.classifier = nn.Sequential(*head)
+
+
 LEARN = {"score_init": "magnitude", "score_lr": 3e-3, "score_schedule": "linear"}
 FROM_0 = {"score_init": 0.0, "score_lr": 1e-2, "score_schedule": "constant"}
 
@@ -55,7 +72,7 @@ def pruner(arm: str, kept: float) -> L.Callback:
         return GradualMagnitudePruning(1 - kept, **common)
     common |= FROM_0 if arm == "movement from 0" else LEARN
     if arm.startswith("SMP"):
-        shares = {"SMP-L": "uniform", "SMP-S": "score_shares"}[arm]
+        shares = "score_shares" if arm == "SMP-S" else "uniform"
         common |= {"freeze_weights": True, "allocation": shares, "score_lr": FROZEN_SCORES}
     return MovementPruning(1 - kept, **common)
 
@@ -92,6 +109,8 @@ def run(arm: str, kept: float, seed: int, options: argparse.Namespace) -> dict[s
     network = teacher(options, seed) if arm == "movement + KD" or arm == "dense" else None
     L.seed_everything(seed, verbose=False)
     module: Any = Classifier(FROZEN_HEAD if arm.startswith("SMP") else options.rate)
+    if arm == "SMP-L, pooler":
+        module = Pooled(POOLED_HEAD)
     began, last = time.perf_counter(), None
     if arm == "dense":
         module.model = network
@@ -208,6 +227,7 @@ def main() -> None:
     arms.append(("magnitude", NOTHING))
     four = ("magnitude", "movement", "SMP-L", "SMP-S")
     arms += [(arm, kept) for kept in FROZEN_KEPT for arm in four if (arm, kept) not in arms]
+    arms.append(("SMP-L, pooler", 0.5))
     for seed in options.seeds:
         for arm, kept in arms:
             wanted = not options.only or f"{arm}:{kept:g}" in options.only
