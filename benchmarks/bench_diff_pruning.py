@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--head-rate", type=float, default=3e-3)
     parser.add_argument("--gate-rate", type=float, default=0.1)
     parser.add_argument("--penalty", type=float, default=1.25e-7)
-    parser.add_argument("--end", type=float, default=0.5)
+    parser.add_argument("--end", type=float, default=0.3)
     parser.add_argument("--precision", default="bf16-mixed")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
