@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.anatomy import survey
-from lightning_prune.callbacks import LoRAPruning
+from lightning_prune.callbacks import HardConcretePruning, LoRAPruning
 from tests import lora_networks as nets
 from tests.conformance.toy import OPTIMIZERS
 
@@ -159,3 +159,9 @@ def empty_units(net: nn.Module, kinds: Sequence[str] = ("heads", "ffn")) -> dict
                 )
             ]
     return found
+
+
+def gates(**wanted: Any) -> HardConcretePruning:
+    """Of heads and neurons, with a window that suits ten steps."""
+    plain = {"sparsity": 0.5, "start": 1, "end": 8, "ramp": 4, "units": ["heads", "ffn"]}
+    return HardConcretePruning(**(plain | wanted))
