@@ -8,6 +8,7 @@ if __name__ != "lightning_prune.callbacks":
         "classes; write `from lightning_prune.callbacks import ...` instead"
     )
 
+from lightning_prune.callbacks.all_in_one import AllInOnePruning as AllInOnePruning
 from lightning_prune.callbacks.diff_pruning import DiffPruning as DiffPruning
 from lightning_prune.callbacks.dynamic_batch_loading import (
     DynamicBatchLoading as DynamicBatchLoading,
@@ -18,16 +19,21 @@ from lightning_prune.callbacks.gradual_magnitude import (
 from lightning_prune.callbacks.hard_concrete import HardConcretePruning as HardConcretePruning
 from lightning_prune.callbacks.lora_pruning import LoRAPruning as LoRAPruning
 from lightning_prune.callbacks.movement import MovementPruning as MovementPruning
+from lightning_prune.callbacks.one_shot import OneShotPruning as OneShotPruning
+from lightning_prune.callbacks.pruning_aware_tuning import PruningAwareTuning as PruningAwareTuning
 from lightning_prune.callbacks.rank_increasing_lora import RankIncreasingLoRA as RankIncreasingLoRA
 from lightning_prune.callbacks.sparse_retraining import SparseRetraining as SparseRetraining
 
 __all__ = [
+    "AllInOnePruning",
     "DiffPruning",
     "DynamicBatchLoading",
     "GradualMagnitudePruning",
     "HardConcretePruning",
     "LoRAPruning",
     "MovementPruning",
+    "OneShotPruning",
+    "PruningAwareTuning",
     "RankIncreasingLoRA",
     "SparseRetraining",
 ]

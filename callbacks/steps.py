@@ -95,6 +95,13 @@ class StepCounter:
                 return self._owned_by(index)
         return ()
 
+    def learning_rate(self, targets: Sequence[Target]) -> float:
+        """The largest learning rate that one of these parameters has now; 0 if none learns."""
+        ids = {id(t.parameter) for t in targets}
+        groups = [group for o in self._optimizers for group in o.param_groups]
+        rates = [float(g["lr"]) for g in groups if any(id(p) in ids for p in g["params"])]
+        return max(rates, default=0.0)
+
     def _owned_by(self, index: int) -> tuple[Target, ...]:
         optimizer = self._optimizers[index]
         if _size(optimizer) != self._sizes[index]:  # a parameter group was added

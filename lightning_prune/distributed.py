@@ -12,7 +12,15 @@ from torch.distributed.tensor import DTensor, Shard
 
 from lightning_prune.errors import refusal
 
-__all__ = ["Shards", "agree", "gather_whole", "local_part", "shards_of", "sum_over_ranks"]
+__all__ = [
+    "Shards",
+    "agree",
+    "gather_whole",
+    "local_part",
+    "mean_over_ranks",
+    "shards_of",
+    "sum_over_ranks",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +69,21 @@ def sum_over_ranks(counts: Mapping[str, int], device: torch.device) -> dict[str,
     total = torch.tensor(list(counts.values()), device=device)
     dist.all_reduce(total)
     return dict(zip(counts, total.tolist(), strict=True))
+
+
+def mean_over_ranks(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The mean of named tensors over all ranks of the run; all of them must call it.
+
+    Args:
+        found: Under the same names and of the same shapes on every rank, on one device.
+    """
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if ranks == 1 or not found:
+        return dict(found)
+    flat = torch.cat([x.flatten() for x in found.values()])
+    dist.all_reduce(flat)
+    parts = (flat / ranks).split([x.numel() for x in found.values()])
+    return {n: p.view_as(x) for (n, x), p in zip(found.items(), parts, strict=True)}
 
 
 def shards_of(parameters: Iterable[tuple[str, Tensor]]) -> Shards:

@@ -13,12 +13,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.anatomy.adapted import adapted_layers
 from lightning_prune.anatomy.networks import network_in
+from lightning_prune.distributed import mean_over_ranks
 from lightning_prune.errors import refusal
 from lightning_prune.gates.ties import Tie
 from lightning_prune.targets import canonical_name, is_transposed_linear
@@ -180,12 +180,8 @@ class ActivationSlopes:
         Returns:
             Derivatives of the loss by gates, each times its gate, by group.
         """
-        found = {group: product / scale for group, product in self._products.items()}
-        if found and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            flat = torch.cat([x.flatten() for x in found.values()])
-            dist.all_reduce(flat)
-            parts = (flat / dist.get_world_size()).split([x.numel() for x in found.values()])
-            found = {n: p.view_as(x) for (n, x), p in zip(found.items(), parts, strict=True)}
+        seen = {group: product / scale for group, product in self._products.items()}
+        found = mean_over_ranks(seen)
         self.forget()
         return found
 

@@ -90,7 +90,7 @@ class DecisionGenerator(nn.Module):
             return {name: head(seen[layer]) for (name, layer), head in pairs}
 
     def sampled(self, step: int) -> dict[str, Tensor]:
-        """The decisions of one step, by group: float32 of 0 and 1, differentiable.
+        """The soft gates of one step, by group: float32 in (0, 1), differentiable.
 
         Args:
             step: Random numbers are a function of it and the seed, the same on every rank.
@@ -99,9 +99,7 @@ class DecisionGenerator(nn.Module):
         device = self.vectors.device
         chance = torch.Generator(device).manual_seed(self.seed * 1_000_003 + step + 1)
         return {
-            name: self.gate.straight_through(
-                x, torch.rand(x.shape, generator=chance, device=device)
-            )
+            name: self.gate.sample(x, torch.rand(x.shape, generator=chance, device=device))
             for name, x in logits.items()
         }
 

@@ -8,17 +8,72 @@ projection after each step, which takes no graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_prune.anatomy import Part
+from lightning_prune.anatomy import Group, Part
 from lightning_prune.errors import refusal
 
-__all__ = ["adapter_parts", "group_lasso", "shrink_", "strength", "unit_norms"]
+__all__ = ["UnitNorms", "adapter_parts", "group_lasso", "shrink_", "strength", "unit_norms"]
 
 _TINY = 1e-20  # under the root, so that its slope at zero is finite
+
+
+class UnitNorms:
+    """The joint norms of units in the adapters of a network.
+
+    Args:
+        network: Where the adapters are.
+        groups: The units; groups without adapters are left out.
+    """
+
+    def __init__(self, network: nn.Module, groups: Sequence[Group]) -> None:
+        found = {group.name: adapter_parts(group.parts) for group in groups}
+        self._parts = {name: parts for name, parts in found.items() if parts}
+        names = {part.tensor for parts in self._parts.values() for part in parts}
+        self._parameters = {n: p for n, p in network.named_parameters() if n in names}
+
+    def norms(self) -> dict[str, Tensor]:
+        """By group, of shape (units,); 0 where all is exactly zero."""
+        with torch.no_grad():
+            return {n: _squares(self._parameters, x).sqrt() for n, x in self._parts.items()}
+
+    def shrink_(self, kept: Mapping[str, Tensor], amount: float) -> None:
+        """Takes a share of an amount off the norms of closed units, in place; see `shrink_`.
+
+        Args:
+            kept: By group, bool, True = open.
+            amount: >= 0; a group's share is that of the closed units that are in it.
+        """
+        gone = {name: ~kept[name] for name in self._parts}
+        total = sum(int(closed.sum()) for closed in gone.values())
+        for name, parts in self._parts.items():
+            if closed := int(gone[name].sum()):
+                shrink_(self._parameters, parts, gone[name], amount * closed / total)
+
+    def add_lasso(
+        self, kept: Mapping[str, Tensor], scale: float, learning: Collection[nn.Parameter]
+    ) -> None:
+        """Adds to the gradients what `group_lasso` over closed units adds, times a scale.
+
+        Args:
+            kept: By group, bool, True = open.
+            scale: >= 0.
+            learning: Parameters whose gradients change; those without a gradient do not.
+        """
+        wanted = {id(p) for p in learning if p.grad is not None}
+        for name, parts in self._parts.items():
+            of_group = {part.tensor: self._parameters[part.tensor] for part in parts}
+            leaves = [p for p in of_group.values() if id(p) in wanted]
+            if not leaves or bool(kept[name].all()):
+                continue
+            with torch.enable_grad():
+                penalty = scale * group_lasso(of_group, parts, ~kept[name])
+            for leaf, slope in zip(leaves, torch.autograd.grad(penalty, leaves), strict=True):
+                if leaf.grad is not None:
+                    leaf.grad.add_(slope.to(leaf.grad))
 
 
 def adapter_parts(parts: Sequence[Part]) -> list[Part]:

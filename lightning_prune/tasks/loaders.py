@@ -262,6 +262,14 @@ class ResumableLoader:
         self._epoch, self._batches = epoch + 1, 0
         self.batch_sampler.set_epoch(epoch + 1)
 
+    def batch_at(self, number: int) -> Any:
+        """A batch of epoch 0 by its number, in [0, len), whatever else is being iterated."""
+        rows = self.order.batches(0)[number]
+        several = getattr(self.dataset, "__getitems__", None)
+        return self.collate_fn(
+            [self.dataset[i] for i in rows] if several is None else several(rows)
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """The epoch, the batches of it that were handed out, and what decides their order."""
         return {"epoch": self._epoch, "batches": self._batches, "layout": self.order.layout()}

@@ -166,6 +166,9 @@ class Batches:
             self._seen += 1
             yield self._batches[i]
 
+    def batch_at(self, number: int) -> tuple[Tensor, Tensor]:
+        return self._batches[number]
+
     def state_dict(self) -> dict[str, int]:
         return {"seen": self._seen}
 

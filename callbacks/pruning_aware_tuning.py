@@ -1,0 +1,341 @@
+"""Tuning that moves what matters into fewer channels of the residual stream (PAT)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+
+from lightning_prune.allocation import as_allocation
+from lightning_prune.anatomy.networks import network_in
+from lightning_prune.callbacks.averages import averages_weights
+from lightning_prune.callbacks.checks import too_early
+from lightning_prune.callbacks.gate_checks import check_locations, check_trainer_of_gates
+from lightning_prune.callbacks.observing import will_skip
+from lightning_prune.callbacks.settings import Settings
+from lightning_prune.callbacks.structured import StructuredCallback
+from lightning_prune.criteria.locations import Locations
+from lightning_prune.distributed import mean_over_ranks
+from lightning_prune.errors import refusal
+from lightning_prune.gates.hybrid_sparsification import HybridModules
+from lightning_prune.patterns import as_pattern
+from lightning_prune.schedules import as_schedule
+from lightning_prune.targets import Selection, Target, as_globs
+from lightning_prune.timeline import Timeline
+from lightning_prune.unit_layout import Layout
+from lightning_prune.unit_policy import UnitPolicy
+
+__all__ = ["PruningAwareTuning"]
+
+_AVERAGES = "Averages of weights know nothing of the modules behind them: refused"
+_TRAVEL = 2.0  # how far an entry of the mask can move until it is final
+
+
+class PruningAwareTuning(StructuredCallback):
+    """Prunes channels of the residual stream, the same ones everywhere, while the network is tuned.
+
+    From ``start`` to ``end`` every layer that writes to the stream is followed by a low-rank map
+    near the identity, a scale, and one mask of channels that all of them share; they learn from the
+    same loss as the network, and move into the channels that stay what the others held. At ``end``
+    the maps are folded into weights and adapters, exactly, and the channels least sure to stay are
+    pruned, as many as were asked for; the rest of the run trains what is left. When ``fit`` ends
+    adapters are merged, and the channels are cut out: hidden sizes get smaller, norms follow.
+
+    Args:
+        sparsity: Fraction of the selected weights that is gone at the end, in [0, 1).
+        start: When the maps come: a fraction of the run (float in [0, 1]) or an optimizer step.
+        end: When they are folded and the mask is final, the same way.
+        targets: Globs that narrow the default selection.
+        exclude: Globs of what to leave out.
+        rank: Of the maps, >= 1; None = a twentieth of the channels.
+        learning_rate: Of the maps and scales, > 0; None = the run's own, as it is at every step.
+        mask_lr: Of the mask, > 0; None = 2 divided by the steps from start to end.
+        identity: What the loss that keeps the maps' rows orthonormal is multiplied by, >= 0.
+        multiple_of: Channels stay in multiples of this number.
+        seed: Of the maps.
+        total_steps: The run's optimizer steps, where the Trainer cannot know them.
+
+    Raises:
+        PruneError: On arguments out of range; at ``fit`` on what cannot be done, such as a network
+            whose norms cannot follow.
+
+    Source: Liu et al. 2024, arXiv:2408.14721 (PAT), and its reference code.
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(callbacks=[PruningAwareTuning(sparsity=0.25)])
+    """
+
+    hard_from = "the end of the phase with maps"
+    laws: ClassVar[dict[int | str, str]] = {}
+
+    def __init__(
+        self,
+        sparsity: float,
+        start: int | float = 0.0,
+        end: int | float = 0.8,
+        targets: str | list[str] | None = None,
+        exclude: str | list[str] | None = None,
+        rank: int | None = None,
+        learning_rate: float | None = None,
+        mask_lr: float | None = None,
+        identity: float = 1.0,
+        multiple_of: int = 1,
+        seed: int = 0,
+        total_steps: int | None = None,
+    ) -> None:
+        name = type(self).__name__
+        _check(name, rank=rank, identity=identity, learning_rate=learning_rate, mask_lr=mask_lr)
+        self.rank, self.identity, self.seed = rank, identity, seed
+        self.learning_rate, self.mask_lr = learning_rate, mask_lr
+        self._window = (0, 0)
+        self._module: Any = None  # of a fit
+        self._maps: HybridModules | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._wanted = 0  # channels that are to stay
+        self._scale = 1.0  # of a gradient scaler, in the step that is made
+        settings = Settings(
+            callback=name,
+            sparsity=sparsity,
+            schedule=as_schedule("linear"),
+            start=start,
+            end=end,
+            every=None,
+            targets=as_globs(targets),
+            exclude=as_globs(exclude),
+            pattern=as_pattern("unstructured"),
+            min_density=0.0,
+            budget="parameters",
+            initial_sparsity=0.0,
+            total_steps=total_steps,
+            frozen="adapters",
+        )
+        super().__init__(
+            settings,
+            Locations(),
+            as_allocation("global"),
+            units=["hidden"],
+            multiple_of=multiple_of,
+            compact=True,
+        )
+
+    # When ---------------------------------------------------------------------------------------
+
+    def timeline(
+        self, selection: Selection, total_steps: int | None, *, squeeze: bool = False
+    ) -> Timeline:
+        """One update, when the maps are folded."""
+        plain = super().timeline(selection, total_steps, squeeze=squeeze)
+        if not plain.updates:
+            return plain
+        if self._timeline is None:  # a plan that is made later moves nothing
+            self._window = (plain.updates[0], plain.last)
+        return Timeline(updates=(plain.last,), values=(plain.final,), initial=plain.initial)
+
+    @property
+    def progress(self) -> float:
+        """Share of the time until the mask is final, in [0, 1]."""
+        first, last = self._window
+        if self._timeline is None or not self._timeline.updates:
+            return 0.0
+        if self.finished:
+            return 1.0
+        return min(1.0, max(0.0, (self.step - first) / max(1, last - first)))
+
+    def _levels(self) -> dict[str, float]:
+        if self._maps is None:
+            return super()._levels()
+        opened = float((self._maps.mask >= 0).float().mean())
+        return super()._levels() | {"target": self.sparsity, "expected": 1 - opened}
+
+    # Set-up -------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuses what maps cannot stand in."""
+        self._release()
+        super().on_fit_start(trainer, pl_module)
+        check_trainer_of_gates(self.name, averages_weights(trainer), self._targets, self.sparsity)
+        self._module = pl_module
+        if self._removed is None and not self.finished and self.sparsity > 0:
+            self._made()  # refuses networks that it cannot stand in
+
+    def _laid_out(self) -> Layout:
+        if self._layout is None:
+            raise too_early(self.name, "on_fit_start")
+        return self._layout
+
+    def _made(self) -> HybridModules:
+        network = network_in(self._module)[1]
+        return HybridModules(network, self._laid_out().anatomy, self.rank, self.seed)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Lays the phase onto the run."""
+        super().on_train_start(trainer, pl_module)
+        self._begin_if_due()
+
+    def _begin_if_due(self) -> None:
+        due = self._resolved().updates and not self.finished and self.step >= self._window[0]
+        if due and self._maps is None:
+            self._begin()
+        if self._maps is not None:
+            self._maps.show(self.progress, max(1, self._window[1] - self._window[0]))
+
+    def _begin(self) -> None:
+        """Puts maps that change nothing behind what writes to the stream."""
+        self._maps = maps = self._made()
+        maps.open()
+        steps = max(1, self._window[1] - self._window[0])
+        others = [p for p in maps.parameters() if p is not maps.mask]
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": [maps.mask], "lr": self.mask_lr or _TRAVEL / steps},
+                {"params": others, "lr": self.learning_rate or 0.0},
+            ],
+            weight_decay=0.0,
+        )
+        if isinstance(self.policy, UnitPolicy):
+            (group,) = self._laid_out().groups
+            scores = {group.name: torch.arange(group.size, dtype=torch.float64)}
+            policy = replace(self.policy, given=scores)
+            whole = {group.name: torch.ones(group.size, dtype=torch.bool)}
+            share = self.sparsity
+            kept = policy.choose(self._members.selected, whole, share, share)
+            self._wanted = int(kept[group.name].sum())
+
+    # Training -----------------------------------------------------------------------------------
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Moves the schedule of the gates on."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._begin_if_due()
+
+    def on_before_optimizer_step(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        """Notes what the loss was scaled by; steps that are left out teach nothing."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self._scale = 1.0 if scaler is None else float(scaler.get_scale())
+        if self._maps is not None and will_skip(trainer, optimizer):
+            self._maps.zero_grad()
+
+    def _after_step(self, targets: tuple[Target, ...]) -> None:
+        super()._after_step(targets)
+        maps, optimizer = self._maps, self._optimizer
+        if maps is None or optimizer is None or maps.mask.grad is None:
+            return
+        if self.learning_rate is None:
+            optimizer.param_groups[1]["lr"] = self._counter.learning_rate(self._targets)
+        found = {n: p.grad / self._scale for n, p in maps.named_parameters() if p.grad is not None}
+        found = mean_over_ranks(found)
+        maps.zero_grad()
+        if all(bool(torch.isfinite(slope).all()) for slope in found.values()):
+            with torch.enable_grad():
+                maps.penalty(self._wanted, self.identity).backward()
+            for name, parameter in maps.named_parameters():
+                if name in found:
+                    slope = found[name]
+                    parameter.grad = slope if parameter.grad is None else parameter.grad + slope
+            optimizer.step()
+        maps.zero_grad()
+
+    def on_before_zero_grad(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Drops with the gradients what maps would have learned from them."""
+        if self._maps is not None:
+            self._maps.zero_grad()
+
+    def _update(self, sparsity: float) -> None:
+        """Folds the maps, and prunes the channels that are least sure to stay."""
+        if self._maps is None:
+            self._begin()
+        maps = self._maps
+        if maps is not None and isinstance(self.policy, UnitPolicy):
+            (group,) = self._laid_out().groups
+            scores = {group.name: maps.mask.detach()}
+            check_locations(self.name, scores)
+            maps.fold()
+            given = {name: x.cpu().double() for name, x in scores.items()}
+            self.policy = replace(self.policy, given=given)
+        self._forget()
+        super()._update(sparsity)
+        if isinstance(self.policy, UnitPolicy):
+            self.policy = replace(self.policy, given=None)
+
+    def _forget(self) -> None:
+        if self._maps is not None:
+            self._maps.close()
+        self._maps = self._optimizer = None
+
+    def _release(self) -> None:
+        if self._maps is not None:
+            self._maps.close()
+        self._module = None
+        super()._release()
+
+    # State --------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The masks' state, and that of the maps while they are there."""
+        state = super().state_dict()
+        if state and self._timeline is not None:
+            state["window"] = list(self._window)
+            if self._maps is not None and self._optimizer is not None:
+                moments = self._optimizer.state_dict()["state"]
+                state["maps"] = {n: p.detach().clone() for n, p in self._maps.named_parameters()}
+                state["moments"] = {
+                    n: {k: v.clone() for k, v in found.items()} for n, found in moments.items()
+                }
+        return state
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        super()._restore(state)
+        first, last = state["window"]
+        self._window = (first, last)
+        self._forget()
+        if "maps" in state:
+            self._begin()
+        if "maps" in state and self._maps is not None and self._optimizer is not None:
+            self._maps.load_state_dict(state["maps"])
+            whole = self._optimizer.state_dict()
+            self._optimizer.load_state_dict(whole | {"state": dict(state["moments"])})
+
+    def _asked(self) -> dict[str, str]:
+        return super()._asked() | {
+            "maps": f"{self.rank}, {self.learning_rate}, {self.mask_lr}, {self.identity}, "
+            f"{self.seed}"
+        }
+
+
+def _check(callback: str, *, rank: int | None, identity: float, **rates: float | None) -> None:
+    """Refuses numbers that make no sense."""
+    whole = isinstance(rank, int) and not isinstance(rank, bool)
+    wrong: dict[str, tuple[object, str]] = {}
+    if rank is not None and (not whole or rank < 1):
+        wrong["rank"] = (rank, "an integer >= 1, or None")
+    if not _number(identity) or identity < 0:
+        wrong["identity"] = (identity, "a number >= 0")
+    for name, rate in rates.items():
+        if rate is not None and not (_number(rate) and rate > 0):
+            wrong[name] = (rate, "a number > 0, or None")
+    for name, (value, allowed) in wrong.items():
+        raise refusal(
+            "Maps and masks cannot learn so",
+            where=f"{callback}({name}=...)",
+            got=repr(value),
+            allowed=allowed,
+            fix="leave it out",
+        )
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
