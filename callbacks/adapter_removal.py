@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_prune import lora
 from lightning_prune.anatomy import survey
+from lightning_prune.anatomy.kinds import names_slices
 from lightning_prune.errors import refusal
 from lightning_prune.flags import count_true
 from lightning_prune.lora.wrappers import check_nothing_dropped
@@ -104,5 +105,5 @@ def remove_units(module: nn.Module, kept: Mapping[str, Tensor]) -> None:
         module: Changed in place.
         kept: Which units stay: bool masks by group name.
     """
-    anatomy = survey(module, stream="hidden" in kept)
+    anatomy = survey(module, stream="hidden" in kept, slices=names_slices(kept))
     remove(module, RemovalPlan.of(anatomy, kept))

@@ -69,6 +69,8 @@ class AllInOnePruning(StructuredCallback):
         generator_lr: The generator's learning rate, > 0; None = 0.5 divided by its steps, from
             3e-4 to 1e-2.
         budget_weight: What the budget's loss, the logarithm of a ratio, is multiplied by, > 0.
+        ramp: The share of the control phase in which the budget comes down to ``sparsity``, in
+            [0, 1]; 0 = it is there from the start, as in the paper.
         regularizer: What pulls adapters of closed units to zero: "proximal" (a projection after
             each step), "lasso" (the same norms as a loss) or "none".
         strength: Of it, at most: the projection's grows to it during the control phase, and is
@@ -111,6 +113,7 @@ class AllInOnePruning(StructuredCallback):
         budget: Budget = "parameters",
         generator_lr: float | None = None,
         budget_weight: float = 5.0,
+        ramp: float = 0.5,
         regularizer: Literal["proximal", "lasso", "none"] = "proximal",
         strength: float | None = None,
         multiple_of: int = 1,
@@ -130,6 +133,7 @@ class AllInOnePruning(StructuredCallback):
             learn_from=learn_from,
             generator_lr=generator_lr,
             budget_weight=budget_weight,
+            ramp=ramp,
             regularizer=regularizer,
             strength=strength,
             seed=seed,
@@ -199,9 +203,14 @@ class AllInOnePruning(StructuredCallback):
             return 1.0
         return min(1.0, max(0.0, (self.step - first) / max(1, last - first)))
 
+    @property
+    def _due(self) -> float:
+        """The sparsity that decisions are to have now."""
+        return self.sparsity * self.deciding.due(self.progress)
+
     def _levels(self) -> dict[str, float]:
         decided = self._decisions is not None
-        target = {"target": self.sparsity, "expected": 1 - self._share} if decided else {}
+        target = {"target": self._due, "expected": 1 - self._share} if decided else {}
         return super()._levels() | target
 
     # Set-up -------------------------------------------------------------------------------------
@@ -247,7 +256,6 @@ class AllInOnePruning(StructuredCallback):
             {g.name: g.size for g in groups},
             {g.name: g.layer or 0 for g in groups},
             self._size,
-            1 - self.sparsity,
             next(network.parameters()).device,
         )
         self._attach()
@@ -284,9 +292,10 @@ class AllInOnePruning(StructuredCallback):
         gates.show(drawn, base_only=False)
         loss = decision_loss(trainer, module, batch, number)
         scale = loss_scale_of(trainer)
-        slopes = torch.autograd.grad(loss * scale, list(drawn.values()))
+        gated = list(drawn.values())
+        slopes = torch.autograd.grad(loss * scale, gated, allow_unused=True, materialize_grads=True)
         found = {n: x / scale for n, x in zip(drawn, slopes, strict=True)}
-        decisions.learn(self.step, mean_over_ranks(found))
+        decisions.learn(self.step, mean_over_ranks(found), 1 - self._due)
         self._shut()
 
     def _shut(self) -> None:
@@ -381,6 +390,7 @@ class AllInOnePruning(StructuredCallback):
         super()._restore(state)
         first, last = state["window"]
         self._window, self.residual = (first, last), dict(state["residual"])
+        self._shrunk = self.step
         self._forget()
         if "decisions" in state:
             self._decide().load_state_dict(state["decisions"])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_prune.distributed import mean_over_ranks
 from lightning_prune.errors import refusal
@@ -23,7 +27,7 @@ class Batches:
     """Batches of the Trainer's first validation or training loader, by number, over and over.
 
     Which batch a number means does not depend on those asked for before, where the loader can give
-    single ones: a `DataLoader` over a data set of map style, a list, or our own loader.
+    single ones: a `DataLoader` over a data set of map style, a sequence, or our own loader.
 
     Args:
         trainer: In ``on_train_start`` or later.
@@ -36,10 +40,20 @@ class Batches:
 
     def __init__(self, trainer: L.Trainer, source: Source, callback: str) -> None:
         held_out = source == "validation"
+        if held_out and trainer.val_dataloaders is None:  # no validation is due soon
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
         loader: Any = trainer.val_dataloaders if held_out else trainer.train_dataloader
-        while isinstance(loader, list | tuple | dict) and loader and _loaders(loader):
-            loader = next(iter(loader.values() if isinstance(loader, dict) else loader))
-        if loader is None or (hasattr(loader, "__len__") and not len(loader)):
+        several = [] if loader is None else CombinedLoader(loader).flattened
+        if not held_out and len(several) > 1:
+            raise refusal(
+                "What is to go is learned from the batches of one loader",
+                where=f"{callback}(learn_from='train')",
+                got=f"{len(several)} training loaders",
+                allowed="one training loader, or validation batches",
+                fix="write learn_from='validation'",
+            )
+        loader = next(iter(several), None)
+        if loader is None or sized_len(loader) == 0:
             raise refusal(
                 "What is to go is learned from held-out batches, and there are none",
                 where=f"{callback}(learn_from='validation')",
@@ -53,14 +67,24 @@ class Batches:
     def __getitem__(self, number: int) -> Any:
         """The batch, on the module's device and in its precision."""
         trainer = self._trainer
-        batch = trainer.precision_plugin.convert_input(self._batch(number))
+        with _own_chance(number):  # a data set may draw, and so does a loader that begins
+            batch = self._batch(number)
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = trainer.lightning_module._on_before_batch_transfer(batch)
         return trainer.strategy.batch_to_device(batch, trainer.strategy.root_device)
 
 
-def _loaders(found: Any) -> bool:
-    """Whether these are loaders, and not one loader that is a list of batches."""
-    first = next(iter(found.values() if isinstance(found, dict) else found))
-    return hasattr(first, "__iter__") and not isinstance(first, Mapping | Sequence | Tensor)
+@contextmanager
+def _own_chance(seed: int, *more: torch.Generator | None) -> Iterator[None]:
+    """Seeds the CPU's generator; it, and more generators, then are what they were."""
+    chance = [torch.default_generator, *(x for x in more if x is not None)]
+    states = [x.get_state() for x in chance]
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        for generator, state in zip(chance, states, strict=True):
+            generator.set_state(state)
 
 
 def _by_number(loader: Any) -> Callable[[int], Any]:
@@ -68,9 +92,11 @@ def _by_number(loader: Any) -> Callable[[int], Any]:
         return lambda number: loader.batch_at(number % len(loader))
     if isinstance(loader, Sequence):
         return lambda number: loader[number % len(loader)]
-    sampler = loader.batch_sampler if isinstance(loader, DataLoader) else None
-    if sampler is not None and hasattr(loader.dataset, "__getitem__"):
-        with torch.random.fork_rng(devices=[]):  # a sampler that shuffles draws from it
+    plain = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+    sampler = loader.batch_sampler if plain else None
+    if sampler is not None:
+        # a sampler that shuffles draws from them
+        with _own_chance(0, loader.generator, getattr(loader.sampler, "generator", None)):
             order = list(sampler)
 
         def batch(number: int) -> Any:
@@ -85,7 +111,7 @@ def _by_number(loader: Any) -> Callable[[int], Any]:
             "A loader that saves its place cannot be gone through twice at once",
             where=type(loader).__name__,
             got="a loader with state_dict, and no data set to take single batches from",
-            allowed="a DataLoader over a data set of map style, a list of batches, a loader with "
+            allowed="a DataLoader over a data set of map style, a loader with "
             "batch_at(number), or one without a state",
             fix="give it a method batch_at(self, number) that returns a batch",
         )
@@ -189,8 +215,10 @@ def decision_loss(trainer: L.Trainer, module: L.LightningModule, batch: Any, num
             allowed="a method decision_loss(self, batch, batch_idx) that returns the loss",
             fix="write one",
         )
+    step = module.training_step if own is None else own
+    numbered = is_param_in_hook_signature(step, "batch_idx", min_args=2)
     with _looked_at(module, number), trainer.precision_plugin.train_step_context():
-        found = (module.training_step if own is None else own)(batch, number)
+        found = step(batch, number) if numbered else step(batch)
     loss = found.get("loss") if isinstance(found, Mapping) else found
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise refusal(
@@ -205,20 +233,33 @@ def decision_loss(trainer: L.Trainer, module: L.LightningModule, batch: Any, num
 
 @contextmanager
 def _looked_at(module: L.LightningModule, number: int) -> Iterator[None]:
-    """The module in evaluation mode, mute, on random numbers of its own."""
+    """The module in evaluation mode, mute, on random numbers and metrics of its own."""
+    from torchmetrics import Metric, MetricCollection
+
     modes = {part: part.training for part in module.modules()}
     mute = [part for part in modes if isinstance(part, L.LightningModule)]
+    metrics = [
+        (part, name, child)
+        for part in modes
+        if not isinstance(part, Metric | MetricCollection)
+        for name, child in part.named_children()
+        if isinstance(child, Metric | MetricCollection)
+    ]
     devices = [module.device] if module.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         torch.manual_seed(number)
         module.eval()
         for part in mute:
             vars(part)["log"] = _say_nothing
+        for holder, name, metric in metrics:
+            holder._modules[name] = copy.deepcopy(metric)
         try:
             yield
         finally:
             for part in mute:
                 del vars(part)["log"]
+            for holder, name, metric in metrics:
+                holder._modules[name] = metric
             for each, training in modes.items():
                 each.training = training
 

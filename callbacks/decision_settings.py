@@ -9,13 +9,14 @@ from typing import Literal
 
 from torch import nn
 
+from lightning_prune.anatomy import STREAM_SLICES
 from lightning_prune.callbacks.decision_batches import Source, check_source
 from lightning_prune.errors import refusal
 from lightning_prune.gates.decisions import Deciding
 
 __all__ = ["DecisionSettings", "check_kinds", "check_not_compiled"]
 
-_KINDS = ("heads", "query_heads", "head_dims", "ffn")
+_KINDS = ("heads", "query_heads", "head_dims", "ffn", *STREAM_SLICES)
 _TRAVEL = 0.5  # learning rate times steps: a logit moves by some 50 times that
 _RATES = (3e-4, 1e-2)
 _TOPS = {"proximal": 50_000.0, "lasso": 1.0, "none": 0.0}
@@ -30,6 +31,7 @@ class DecisionSettings:
     learn_from: Source
     generator_lr: float | None
     budget_weight: float
+    ramp: float
     regularizer: Literal["proximal", "lasso", "none"]
     strength: float | None
     seed: int
@@ -50,6 +52,12 @@ class DecisionSettings:
                 self.budget_weight,
                 _number(self.budget_weight) and self.budget_weight > 0,
                 "a number > 0",
+            ),
+            (
+                "ramp",
+                self.ramp,
+                _number(self.ramp) and 0 <= self.ramp <= 1,
+                "a share of the control phase, in [0, 1]",
             ),
             (
                 "regularizer",
@@ -80,6 +88,10 @@ class DecisionSettings:
         """How strongly adapters of closed units are pulled to zero, at most."""
         return _TOPS[self.regularizer] if self.strength is None else self.strength
 
+    def due(self, progress: float) -> float:
+        """The share of the final sparsity that is due at a share of the control phase."""
+        return 1.0 if progress >= self.ramp else progress / self.ramp
+
     def deciding(self, steps: int) -> Deciding:
         """How decisions learn in a control phase of so many steps."""
         low, high = _RATES
@@ -91,7 +103,7 @@ class DecisionSettings:
         """What a resumed run must have asked for, too."""
         return {
             "decisions": f"{self.every}, {self.learn_from}, {self.generator_lr}, "
-            f"{self.budget_weight}, {self.seed}",
+            f"{self.budget_weight}, {self.ramp}, {self.seed}",
             "regularizer": f"{self.regularizer}, {self.top:g}",
         }
 

@@ -50,8 +50,9 @@ class GradualMagnitudePruning(StructuredCallback):
             or a `Criterion` object.
         units: Kinds of units of a transformers model that go as a whole, by the mean score of their
             selected weights: "heads", "query_heads", "head_dims", "ffn" (neurons), "hidden"
-            (channels of the residual stream), "attention" and "mlp" (sub-layers), "layers"; None
-            for weights one by one.
+            (channels of the residual stream), "attention" and "mlp" (sub-layers), "layers",
+            "attention_in", "attention_out", "mlp_in" and "mlp_out" (channels that a sub-layer reads
+            or writes); None for weights one by one.
         multiple_of: Neurons and channels stay in multiples of this number.
         uniform: Whether all layers keep as many units of a kind, so that a stock config can say it.
         compact: Whether to cut out of the model what is empty: False, True (when fit ends) or

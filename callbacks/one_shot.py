@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -134,9 +134,13 @@ class OneShotPruning(StructuredCallback):
             compact=compact,
         )
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remembers what scores are taken with, also of a run that is resumed at its end."""
+        super().on_fit_start(trainer, pl_module)
+        self._fit = (trainer, pl_module)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lays the schedule onto the run."""
-        self._fit = (trainer, pl_module)
         super().on_train_start(trainer, pl_module)
         if not self.finished and self._resolved().updates:
             Batches(trainer, self.learn_from, self.name)  # refuses a loader that is not there
@@ -160,22 +164,23 @@ class OneShotPruning(StructuredCallback):
         adapted = lora.lora_layers(module) if adapted_layers(module) else []
         rows = {row.weight_name: row for row in adapted}
 
-        def score(name: str) -> Tensor:
-            full = layout.anatomy.prefix + name
-            if full not in weights:
-                return torch.zeros(layout.anatomy.shapes[name])
+        def worth(full: str) -> Tensor:
             row = rows.get(full)
             value = weights[full].detach() if row is None else lora.effective_weight(row)
             return (value * slopes.pop(full)).abs()
 
-        found = unit_scores(
-            layout.anatomy,
-            score,
-            reduction="sum" if self.equal_shares else "mean",
-            groups=[group.name for group in layout.groups],
-        )
-        if not self.equal_shares:
-            return found
+        def summed(of: Callable[[str], Tensor]) -> dict[str, Tensor]:
+            def score(name: str) -> Tensor:
+                full = layout.anatomy.prefix + name
+                return of(full) if full in weights else torch.zeros(layout.anatomy.shapes[name])
+
+            groups = [group.name for group in layout.groups]
+            return unit_scores(layout.anatomy, score, groups=groups)
+
+        found = summed(worth)
+        if not self.equal_shares:  # biases and adapters have no part in it
+            many = summed(lambda full: torch.ones_like(weights[full]))
+            return {n: x / many[n].clamp_min(1) for n, x in found.items()}
         return {n: (x.argsort().argsort().double() + 0.5) / len(x) for n, x in found.items()}
 
     def _release(self) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import lightning as L
 import torch
+from torch import nn
 
 from lightning_prune.allocation import as_allocation
+from lightning_prune.anatomy.adapted import adapted_layers
 from lightning_prune.anatomy.networks import network_in
 from lightning_prune.callbacks.averages import averages_weights
 from lightning_prune.callbacks.checks import too_early
@@ -19,8 +22,9 @@ from lightning_prune.callbacks.settings import Settings
 from lightning_prune.callbacks.structured import StructuredCallback
 from lightning_prune.criteria.locations import Locations
 from lightning_prune.distributed import mean_over_ranks
-from lightning_prune.errors import refusal
+from lightning_prune.errors import PruneError, refusal
 from lightning_prune.gates.hybrid_sparsification import HybridModules
+from lightning_prune.lora import lora_layers
 from lightning_prune.patterns import as_pattern
 from lightning_prune.schedules import as_schedule
 from lightning_prune.targets import Selection, Target, as_globs
@@ -30,7 +34,6 @@ from lightning_prune.unit_policy import UnitPolicy
 
 __all__ = ["PruningAwareTuning"]
 
-_AVERAGES = "Averages of weights know nothing of the modules behind them: refused"
 _TRAVEL = 2.0  # how far an entry of the mask can move until it is final
 
 
@@ -96,6 +99,7 @@ class PruningAwareTuning(StructuredCallback):
         self._maps: HybridModules | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._wanted = 0  # channels that are to stay
+        self._learned = 0  # the step of the last lesson
         self._scale = 1.0  # of a gradient scaler, in the step that is made
         settings = Settings(
             callback=name,
@@ -160,6 +164,7 @@ class PruningAwareTuning(StructuredCallback):
         check_trainer_of_gates(self.name, averages_weights(trainer), self._targets, self.sparsity)
         self._module = pl_module
         if self._removed is None and not self.finished and self.sparsity > 0:
+            _check_network(self.name, pl_module)
             self._made()  # refuses networks that it cannot stand in
 
     def _laid_out(self) -> Layout:
@@ -174,18 +179,21 @@ class PruningAwareTuning(StructuredCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lays the phase onto the run."""
         super().on_train_start(trainer, pl_module)
+        if self._maps is not None and not self._maps.opened:  # of a fit that ended early
+            self._take_up(self._taught())
         self._begin_if_due()
 
     def _begin_if_due(self) -> None:
         due = self._resolved().updates and not self.finished and self.step >= self._window[0]
         if due and self._maps is None:
-            self._begin()
+            self._put_maps()
         if self._maps is not None:
             self._maps.show(self.progress, max(1, self._window[1] - self._window[0]))
 
-    def _begin(self) -> None:
+    def _put_maps(self) -> None:
         """Puts maps that change nothing behind what writes to the stream."""
         self._maps = maps = self._made()
+        self._learned = self.step
         maps.open()
         steps = max(1, self._window[1] - self._window[0])
         others = [p for p in maps.parameters() if p is not maps.mask]
@@ -212,6 +220,8 @@ class PruningAwareTuning(StructuredCallback):
     ) -> None:
         """Moves the schedule of the gates on."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self._maps is not None and all(p.grad is None for p in pl_module.parameters()):
+            self._maps.zero_grad()  # gradients that were dropped teach nothing
         self._begin_if_due()
 
     def on_before_optimizer_step(
@@ -230,8 +240,13 @@ class PruningAwareTuning(StructuredCallback):
     def _after_step(self, targets: tuple[Target, ...]) -> None:
         super()._after_step(targets)
         maps, optimizer = self._maps, self._optimizer
-        if maps is None or optimizer is None or maps.mask.grad is None:
+        if maps is None or optimizer is None:
             return
+        if not maps.heard:
+            raise _hidden(self.name, "the first step with maps", "no call of a layer before them")
+        if maps.mask.grad is None or self.step == self._learned:  # another optimizer is to come
+            return
+        self._learned = self.step
         if self.learning_rate is None:
             optimizer.param_groups[1]["lr"] = self._counter.learning_rate(self._targets)
         found = {n: p.grad / self._scale for n, p in maps.named_parameters() if p.grad is not None}
@@ -257,7 +272,7 @@ class PruningAwareTuning(StructuredCallback):
     def _update(self, sparsity: float) -> None:
         """Folds the maps, and prunes the channels that are least sure to stay."""
         if self._maps is None:
-            self._begin()
+            self._put_maps()
         maps = self._maps
         if maps is not None and isinstance(self.policy, UnitPolicy):
             (group,) = self._laid_out().groups
@@ -289,25 +304,34 @@ class PruningAwareTuning(StructuredCallback):
         state = super().state_dict()
         if state and self._timeline is not None:
             state["window"] = list(self._window)
-            if self._maps is not None and self._optimizer is not None:
-                moments = self._optimizer.state_dict()["state"]
-                state["maps"] = {n: p.detach().clone() for n, p in self._maps.named_parameters()}
-                state["moments"] = {
-                    n: {k: v.clone() for k, v in found.items()} for n, found in moments.items()
-                }
+            state |= self._taught()
         return state
+
+    def _taught(self) -> dict[str, Any]:
+        """What maps have learned; empty without them."""
+        if self._maps is None or self._optimizer is None:
+            return {}
+        moments = self._optimizer.state_dict()["state"]
+        return {
+            "maps": {n: p.detach().clone() for n, p in self._maps.named_parameters()},
+            "moments": {n: {k: v.clone() for k, v in x.items()} for n, x in moments.items()},
+        }
+
+    def _take_up(self, state: Mapping[str, Any]) -> None:
+        """Goes on with maps that have learned, if the state has any."""
+        self._forget()
+        if "maps" in state:
+            self._put_maps()
+        if self._maps is not None and self._optimizer is not None:
+            self._maps.load_state_dict(state["maps"])
+            whole = self._optimizer.state_dict()
+            self._optimizer.load_state_dict(whole | {"state": dict(state["moments"])})
 
     def _restore(self, state: dict[str, Any]) -> None:
         super()._restore(state)
         first, last = state["window"]
         self._window = (first, last)
-        self._forget()
-        if "maps" in state:
-            self._begin()
-        if "maps" in state and self._maps is not None and self._optimizer is not None:
-            self._maps.load_state_dict(state["maps"])
-            whole = self._optimizer.state_dict()
-            self._optimizer.load_state_dict(whole | {"state": dict(state["moments"])})
+        self._take_up(state)
 
     def _asked(self) -> dict[str, str]:
         return super()._asked() | {
@@ -335,6 +359,33 @@ def _check(callback: str, *, rank: int | None, identity: float, **rates: float |
             allowed=allowed,
             fix="leave it out",
         )
+
+
+def _check_network(callback: str, module: nn.Module) -> None:
+    """Refuses a network that hides its layers, or whose zeros a fold would fill."""
+    for path, part in module.named_modules():
+        if getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod"):
+            raise _hidden(callback, path or type(module).__name__, "torch.compile")
+    rows = lora_layers(module) if adapted_layers(module) else ()
+    masked = next((row.weight_name for row in rows if row.mask is not None), None)
+    if masked is not None:
+        raise refusal(
+            "Maps that are folded into a weight fill its zeros",
+            where=f"{callback}, {masked}",
+            got="an adapter with a mask",
+            allowed="dense weights and adapters",
+            fix="prune single weights after the channels",
+        )
+
+
+def _hidden(callback: str, where: str, got: str) -> PruneError:
+    return refusal(
+        "Maps stand behind layers, which this network does not show",
+        where=f"{callback}, {where}",
+        got=got,
+        allowed="a network whose layers are called as modules, and that is not compiled",
+        fix="compile the smaller network afterwards",
+    )
 
 
 def _number(value: object) -> bool:

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_prune.allocation import Allocation, Global
 from lightning_prune.anatomy import survey
 from lightning_prune.anatomy.adapted import adapted_layers
-from lightning_prune.anatomy.kinds import TRANSFORMER_KINDS
+from lightning_prune.anatomy.kinds import TRANSFORMER_KINDS, check_one_stream, names_slices
 from lightning_prune.anatomy.networks import network_in
 from lightning_prune.callbacks.activity import Activity
 from lightning_prune.callbacks.adapter_removal import (
@@ -107,6 +107,7 @@ class StructuredCallback(CompactingCallback):
                     fix="write units=['heads', 'ffn'], or leave them out",
                 )
             return
+        check_one_stream(units, f"{name}(units=...)")
         plain = isinstance(self.settings.pattern, Unstructured)
         if not plain or not isinstance(self.policy.allocation, Global):
             raise refusal(
@@ -202,7 +203,7 @@ class StructuredCallback(CompactingCallback):
                 fix="leave units out, or train with DDP",
             )
         return Layout(
-            anatomy=survey(model),
+            anatomy=survey(model, slices=names_slices(self.units or ())),
             kinds=self.units or (),
             multiple_of=self.multiple_of,
             uniform=self.uniform,

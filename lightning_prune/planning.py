@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_prune.allocation import as_allocation
 from lightning_prune.anatomy import survey
-from lightning_prune.anatomy.kinds import TRANSFORMER_KINDS
+from lightning_prune.anatomy.kinds import TRANSFORMER_KINDS, names_slices
 from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.distributed import Shards
 from lightning_prune.errors import refusal
@@ -86,7 +86,7 @@ def plan_removal(
             allowed="a number in [0, 1)",
             fix="write sparsity=0.5",
         )
-    anatomy = survey(model, inputs)
+    anatomy = survey(model, inputs, slices=names_slices(kinds))
     layout = Layout(anatomy=anatomy, kinds=kinds, multiple_of=multiple_of, uniform=uniform)
     for group in layout.groups if scores is not None else ():
         found = scores.get(group.name) if scores is not None else None

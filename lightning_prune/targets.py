@@ -153,10 +153,11 @@ class Selection:
 def is_transposed_linear(module: nn.Module) -> bool:
     """Whether a module is transformers' Conv1D, a Linear whose weight is (inputs, outputs)."""
     # transformers' Conv1D is y = x W + b with W of shape (I, O). The core does not import
-    # transformers, so it is recognised by its class and its own attribute nf (outputs).
+    # transformers, so it is recognised by its class (or ours in its place) and its own attribute
+    # nf (outputs).
     weight = getattr(module, "weight", None)
     return (
-        type(module).__name__ == "Conv1D"
+        type(module).__name__ in ("Conv1D", "SelectedConv1D")
         and isinstance(weight, Tensor)
         and weight.dim() == 2
         and getattr(module, "nf", None) == weight.shape[1]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.anatomy import Counter, Group
+from lightning_prune.anatomy.kinds import STREAM_SLICES
 from lightning_prune.anatomy.scores import unit_scores
 from lightning_prune.distributed import Shards
 from lightning_prune.errors import refusal
@@ -20,7 +21,7 @@ from lightning_prune.unit_layout import Layout
 
 __all__ = ["UnitMembers", "UnitPolicy"]
 
-_ROUNDED = ("ffn", "hidden")
+_ROUNDED = ("ffn", "hidden", *STREAM_SLICES)
 _SLACK = 1e-6  # of a count, for rounding
 
 

@@ -10,10 +10,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lightning_prune.anatomy import KINDS, Anatomy
+from lightning_prune.anatomy import KINDS, STREAM_SLICES, Anatomy
 
 VOCABULARY = 23
-TRANSFORMER_KINDS = tuple(kind for kind in KINDS if kind != "channels")  # those are of CNNs
+# what a survey finds: "channels" are of CNNs, and slices of the stream have to be asked for
+TRANSFORMER_KINDS = tuple(k for k in KINDS if k not in ("channels", *STREAM_SLICES))
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 Draw = random.Random
 

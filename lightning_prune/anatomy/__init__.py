@@ -8,6 +8,7 @@ from lightning_prune.anatomy.ffn import ffn_followers as ffn_followers
 from lightning_prune.anatomy.ffn import find_ffn as find_ffn
 from lightning_prune.anatomy.graph import graph_anatomy as graph_anatomy
 from lightning_prune.anatomy.kinds import KINDS as KINDS
+from lightning_prune.anatomy.kinds import STREAM_SLICES as STREAM_SLICES
 from lightning_prune.anatomy.kinds import Kind as Kind
 from lightning_prune.anatomy.macs import macs_of as macs_of
 from lightning_prune.anatomy.scores import unit_scores as unit_scores
@@ -22,6 +23,7 @@ from lightning_prune.anatomy.units import Site as Site
 __all__ = [
     "FFN",
     "KINDS",
+    "STREAM_SLICES",
     "ActivationImportance",
     "Anatomy",
     "Block",

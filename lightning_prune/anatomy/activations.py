@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.anatomy.activity import by_example, channel_squares, turns
+from lightning_prune.anatomy.kinds import STREAM_SLICES
 from lightning_prune.anatomy.networks import network_in
 from lightning_prune.anatomy.observed import (
     Channels,
@@ -126,6 +127,9 @@ class ActivationImportance:
                     if group.kind == "head_dims"
                     else "no norm of the stream's width was found in the layers"
                     if group.kind == "hidden"
+                    else "what one sub-layer reads or writes of the stream has no activation of "
+                    "its own"
+                    if group.kind in STREAM_SLICES
                     else "no projection leads from its units back to the stream"
                 )
                 continue

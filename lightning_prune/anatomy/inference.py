@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_prune.anatomy.families import Attention, Family, FeedForward, Stack
 from lightning_prune.anatomy.networks import config_number
-from lightning_prune.anatomy.slices import n_inputs, n_outputs
+from lightning_prune.anatomy.selected import spans
 from lightning_prune.errors import PruneError, refusal
 from lightning_prune.targets import is_transposed_linear
 
@@ -93,11 +93,6 @@ def _linears(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _shape(module: nn.Module) -> tuple[int, int]:
-    """(outputs, inputs)."""
-    return n_outputs(module), n_inputs(module)
-
-
 def _attention(
     path: str, block: nn.Module, linears: dict[str, nn.Module], size: int
 ) -> tuple[Attention, set[str]] | None:
@@ -115,7 +110,7 @@ def _attention(
         if fused is None:
             return None
         names = {prefix + fused}
-    inner = _shape(linears[prefix + query])[0] if query else None
+    inner = spans(linears[prefix + query])[0] if query else None
     out = _way_out(path, linears, names, size, inner)
     if out is None:
         return None
@@ -143,8 +138,8 @@ def _way_out(
             for n, m in linears.items()
             if n.startswith(prefix)
             and n not in used
-            and _shape(m)[0] == size
-            and (inner is None or _shape(m)[1] == inner)
+            and spans(m)[0] == size
+            and (inner is None or spans(m)[1] == inner)
         ]
         if around and found:
             return found[0]
@@ -155,13 +150,13 @@ def _feed_forward(linears: dict[str, nn.Module], size: int) -> FeedForward | Non
     """All ways in lead from the stream to as many neurons as the one way out takes."""
     names = list(linears)
     for out in reversed(names):
-        outputs, neurons = _shape(linears[out])
+        outputs, neurons = spans(linears[out])
         if outputs != size:
             continue
-        ins = tuple(n for n in names if n != out and _shape(linears[n]) == (neurons, size))
+        ins = tuple(n for n in names if n != out and spans(linears[n]) == (neurons, size))
         if ins and set(ins) | {out} == set(names):
             return FeedForward(inputs=ins, output=out)
-        double = tuple(n for n in names if n != out and _shape(linears[n]) == (2 * neurons, size))
+        double = tuple(n for n in names if n != out and spans(linears[n]) == (2 * neurons, size))
         if len(double) == 1 and {*double, out} == set(names):
             return FeedForward(inputs=double, output=out, fused=True)
     return None

@@ -13,9 +13,10 @@ from lightning_prune.anatomy.absent import is_absent
 from lightning_prune.anatomy.adapted import with_adapters, without_adapters
 from lightning_prune.anatomy.families import Attention, Family, Stack, family_of
 from lightning_prune.anatomy.inference import infer
-from lightning_prune.anatomy.kinds import Kind
+from lightning_prune.anatomy.kinds import STREAM_SLICES, Kind
 from lightning_prune.anatomy.networks import config_number, head_size, network_in
-from lightning_prune.anatomy.rotary import rotary_modules, rotary_pairs
+from lightning_prune.anatomy.rotary import frequency_parts, rotary_pairs
+from lightning_prune.anatomy.selected import has_selected
 from lightning_prune.anatomy.slices import (
     Slices,
     at,
@@ -28,6 +29,7 @@ from lightning_prune.anatomy.slices import (
     present,
 )
 from lightning_prune.anatomy.stream import stream_parts
+from lightning_prune.anatomy.stream_slices import with_stream_slices
 from lightning_prune.anatomy.units import Anatomy, Block, Group, Part, Site
 from lightning_prune.errors import refusal
 
@@ -35,7 +37,11 @@ __all__ = ["survey"]
 
 
 def survey(
-    model: nn.Module, inputs: Mapping[str, Tensor] | None = None, *, stream: bool = True
+    model: nn.Module,
+    inputs: Mapping[str, Tensor] | None = None,
+    *,
+    stream: bool = True,
+    slices: bool = False,
 ) -> Anatomy:
     """Finds what a network is made of.
 
@@ -47,6 +53,7 @@ def survey(
         inputs: One batch as its forward takes it, to see which layers read the residual stream;
             None = made up.
         stream: Whether to look for the channels of the residual stream; nothing runs otherwise.
+        slices: Whether to look for what single sub-layers read and write of them.
 
     Returns:
         Its units, in the transformers model's own names; adapters (LoRA) go with their Linear.
@@ -61,6 +68,7 @@ def survey(
         row = infer(network) if family is None else _present(family, network)
         name = "inferred" if family is None else row.types[0]
         found = _Surveyor(network, row, prefix, name).run(inputs, stream)
+        found = with_stream_slices(found, network) if slices else found
     return with_adapters(found, network)
 
 
@@ -75,13 +83,15 @@ class _Surveyor:
     def __init__(self, network: nn.Module, row: Family, prefix: str, family: str) -> None:
         self.network, self.row, self.prefix, self.family = network, row, prefix, family
         self.base: nn.Module = network.base_model  # type: ignore[assignment]
-        names = {id(m): n for n, m in network.named_modules()}
-        self.root = f"{names[id(self.base)]}." if names[id(self.base)] else ""
+        self.paths = {id(m): n for n, m in network.named_modules()}
+        self.root = f"{self.paths[id(self.base)]}." if self.paths[id(self.base)] else ""
         self.slices = Slices(network)
         self.names = self.slices.names
         self.groups: dict[str, Group] = {}
         self.blocks: list[Block] = []
-        self.missing: dict[str, str] = {}
+        self.missing: dict[str, str] = dict.fromkeys(
+            STREAM_SLICES, "it was not looked for: slices=False"
+        )
         self.apart: set[str] = set()  # tensors in layers that are no part of the stream
         self.reads: list[Part] = []  # the stream's slices in layers
         self.writes: list[Part] = []
@@ -90,10 +100,12 @@ class _Surveyor:
         for stack in self.row.stacks:
             self._stack(stack)
         self._head_dims()
-        if stream:
-            self._hidden(batch)
-        else:
+        if not stream:
             self.missing["hidden"] = "it was not looked for"
+        elif has_selected(self.network):
+            self.missing["hidden"] = "some of its sub-layers read or write only some channels"
+        else:
+            self._hidden(batch)
         for kind, why in (
             ("query_heads", "every key has one query"),
             ("attention", "its attention sub-layers cannot be left out one by one"),
@@ -214,13 +226,16 @@ class _Surveyor:
             groups = n_outputs(at(block, attention.key)) // width
         ways_in = [query, *(at(block, a) for a in (attention.key, attention.value) if a)]
         check_heads(
-            self._path(block), attention, [n_outputs(p) for p in ways_in], (heads, groups, width)
+            self.paths[id(block)],
+            attention,
+            [n_outputs(p) for p in ways_in],
+            (heads, groups, width),
         )
         for p in ways_in:
             self.reads += self.slices.every_column(p)
         self.writes += self.slices.every_row(out)
         for norm in attention.norms:
-            path = self._path(at(block, norm))
+            path = self.paths[id(at(block, norm))]
             self.apart |= {f"{path}.weight", f"{path}.bias"}
         table = getattr(block, attention.table, None) if attention.table else None
         if table is not None:
@@ -277,7 +292,7 @@ class _Surveyor:
         noted = self._note_dims(block, attention, place, number, width, (query, q), kv, (out, o))
         self.blocks.append(
             Block(
-                path=self._path(block),
+                path=self.paths[id(block)],
                 heads=heads,
                 groups=groups,
                 width=width,
@@ -343,22 +358,9 @@ class _Surveyor:
 
     def _head_dims(self) -> None:
         group = self.groups.get("head_dims")
-        if group is None:
-            return
-        units = torch.arange(group.size)[:, None]
-        parts = [
-            self.slices.part(buffer, 0, units)
-            for module in rotary_modules(self.network)
-            for buffer in (module.inv_freq, getattr(module, "original_inv_freq", None))
-            if isinstance(buffer, Tensor) and id(buffer) in self.names
-        ]
-        self.groups["head_dims"] = Group(
-            name=group.name,
-            kind=group.kind,
-            layer=None,
-            size=group.size,
-            parts=group.parts + tuple(parts),
-        )
+        if group is not None:
+            turned = frequency_parts(self.network, self.slices, group.size)
+            self.groups["head_dims"] = replace(group, parts=group.parts + turned)
 
     def _ways_out(self, layer: nn.Module, stack: Stack, kind: str) -> tuple[str, ...]:
         """Parameters of the projections that lead from a sub-layer back to the stream."""
@@ -394,7 +396,3 @@ class _Surveyor:
                 silent_if=tuple(silent),
             )
         )
-
-    def _path(self, module: nn.Module) -> str:
-        path: str = next(n for n, m in self.network.named_modules() if m is module)
-        return path

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.anatomy.families import Family
-from lightning_prune.anatomy.kinds import KINDS, Kind
+from lightning_prune.anatomy.kinds import KINDS, Kind, check_one_stream
 from lightning_prune.errors import refusal
 
 __all__ = ["Anatomy", "Block", "Group", "Part", "Site"]
@@ -193,8 +193,8 @@ class Anatomy:
             Bool masks by group name, True = kept, of those groups that lose something.
 
         Raises:
-            PruneError: If a group or a unit is unknown, or a group that nothing can stand in for
-                would be empty.
+            PruneError: If a group or a unit is unknown, a group that nothing can stand in for would
+                be empty, or channels go from the whole stream and from single sub-layers.
         """
         masks: dict[str, Tensor] = {}
         for name, units in kept.items():
@@ -220,6 +220,7 @@ class Anatomy:
             mask[chosen] = True
             if not mask.all():
                 masks[name] = mask
+        check_one_stream({self.groups[name].kind for name in masks}, "a kept set")
         self._check_not_empty(masks)
         return masks
 

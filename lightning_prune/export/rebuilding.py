@@ -80,7 +80,8 @@ def rebuild(
             config._attn_implementation = attention
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             tied = json.loads((file.metadata() or {})["tied"])
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # copies: kernels round by where a tensor starts, which in a file is anywhere
+            weights = {n: file.get_tensor(n).clone() for n in file.keys()}  # noqa: SIM118
         weights |= {alias: weights[name] for alias, name in tied.items()}
         generation = None
         if (folder / GENERATION_CONFIG_NAME).is_file():

@@ -59,7 +59,7 @@ class ActivationGates:
                     fix="leave this kind out",
                 )
         self._shown: tuple[_Sides, Mapping[str, Tensor]] = ({}, {})
-        self._factors: dict[tuple[str, str], Tensor] = {}
+        self._factors: dict[tuple[Any, ...], Tensor] = {}
         self._handles: list[RemovableHandle] = []
         for path, side in {*self._whole, *self._base}:
             module = self._modules[path]
@@ -113,10 +113,13 @@ class ActivationGates:
         ties = sides.get((path, side))
         if ties is None:
             return None
-        if (path, side) not in self._factors:
+        # what was made without gradients is of no use in a call with them
+        mode = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        key = (path, side, like.dtype, *mode)
+        if key not in self._factors:
             values = [tie.values({tie.group: gates[tie.group].float()}) for tie in ties]
-            self._factors[path, side] = reduce(torch.mul, values).to(like)
-        return self._factors[path, side]
+            self._factors[key] = reduce(torch.mul, values).to(like)
+        return self._factors[key]
 
     def _before(self, path: str, module: nn.Module, args: tuple[Any, ...]) -> Any:
         if not self._shown[0]:

@@ -72,7 +72,7 @@ class DecisionGenerator(nn.Module):
         self.seed = seed
         self._layers = {name: layers[name] for name in sizes}
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # those of other devices stay
             vectors = torch.empty(max(self._layers.values()) + 1, width)
             self.register_buffer("vectors", nn.init.orthogonal_(vectors))
             block = nn.TransformerEncoderLayer(width, heads, feedforward, 0.0, batch_first=True)
@@ -89,13 +89,14 @@ class DecisionGenerator(nn.Module):
             pairs = zip(self._layers.items(), self.heads, strict=True)
             return {name: head(seen[layer]) for (name, layer), head in pairs}
 
-    def sampled(self, step: int) -> dict[str, Tensor]:
+    def sampled(self, step: int, logits: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The soft gates of one step, by group: float32 in (0, 1), differentiable.
 
         Args:
             step: Random numbers are a function of it and the seed, the same on every rank.
+            logits: What a call has given; None = another call.
         """
-        logits = self()
+        logits = self() if logits is None else logits
         device = self.vectors.device
         chance = torch.Generator(device).manual_seed(self.seed * 1_000_003 + step + 1)
         return {

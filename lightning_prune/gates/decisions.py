@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lightning_prune.gates.decision_generator import DecisionGenerator
-from lightning_prune.gates.gumbel_sigmoid import rounded
 from lightning_prune.gates.ratio_loss import ratio_loss
 
 __all__ = ["Deciding", "Decisions"]
@@ -37,8 +36,8 @@ class Decisions:
     """A generator, its optimizer and its budget.
 
     A step: `draw` soft gates, run the network with them, and hand the loss's derivatives by them
-    to `learn`, which adds those of the budget. That counts what the rounded gates keep, with the
-    derivative of the soft ones.
+    to `learn`, which adds those of the budget. That counts what the decisions without noise keep,
+    which are those that the network trains with; straight through to the logits.
 
     Args:
         deciding: How they learn.
@@ -46,7 +45,6 @@ class Decisions:
         layers: The layer of each group, by name.
         measure: The share of the budget that gates leave, in [0, 1], of shape () or (1,);
             differentiable.
-        kept: The share that is to stay, in (0, 1].
         device: Where the generator is.
 
     Attributes:
@@ -61,35 +59,39 @@ class Decisions:
         sizes: Mapping[str, int],
         layers: Mapping[str, int],
         measure: Callable[[Mapping[str, Tensor]], Tensor],
-        kept: float,
         device: torch.device,
     ) -> None:
-        self._deciding, self._measure, self._kept = deciding, measure, kept
+        self._deciding, self._measure = deciding, measure
         self._least = 1 / (2 * sum(sizes.values()))  # so that no share is zero
         self._generator = DecisionGenerator(sizes, layers, seed=deciding.seed).to(device)
         self._optimizer = torch.optim.AdamW(
             self._generator.parameters(), lr=deciding.lr, weight_decay=0.0
         )
+        self._logits: dict[str, Tensor] = {}  # of the step that was drawn, and its gates
         self._drawn: dict[str, Tensor] = {}
         self.learned = -1
 
     def draw(self, step: int) -> dict[str, Tensor]:
         """Soft gates of a step, by group: leaves that a loss can be differentiated by."""
-        self._drawn = self._generator.sampled(step)
+        self._logits = self._generator()
+        self._drawn = self._generator.sampled(step, self._logits)
         return {name: soft.detach().requires_grad_() for name, soft in self._drawn.items()}
 
-    def learn(self, step: int, slopes: Mapping[str, Tensor]) -> None:
+    def learn(self, step: int, slopes: Mapping[str, Tensor], kept: float) -> None:
         """One step of the generator; none if a derivative is not finite.
 
         Args:
             step: The step whose gates were drawn last.
             slopes: Derivatives of the loss by them, by group.
+            kept: The share of the budget that is to stay now, in (0, 1].
         """
-        drawn, self._drawn, self.learned = self._drawn, {}, step
+        drawn, logits, self.learned = self._drawn, self._logits, step
+        self._drawn, self._logits = {}, {}
         if not all(bool(torch.isfinite(slope).all()) for slope in slopes.values()):
             return
-        share = self._measure({name: rounded(soft) for name, soft in drawn.items()})
-        loss = ratio_loss(share.clamp_min(self._least), self._kept).sum()
+        gate = self._generator.gate
+        share = self._measure({name: gate.certain(x) for name, x in logits.items()})
+        loss = ratio_loss(share.clamp_min(self._least), kept).sum()
         self._optimizer.zero_grad()
         torch.autograd.backward(
             [self._deciding.budget_weight * loss, *drawn.values()],

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_prune.errors import refusal
 
-__all__ = ["GumbelSigmoid", "rounded"]
+__all__ = ["GumbelSigmoid"]
 
 _EDGE = 1e-6  # uniform numbers stay this far from 0 and 1
 
@@ -82,23 +82,18 @@ class GumbelSigmoid:
         Returns:
             float32, 1 where the soft gate is at least a half; differentiable.
         """
-        return rounded(self.sample(logits, uniform))
+        return _rounded(self.sample(logits, uniform))
 
     def certain(self, logits: Tensor) -> Tensor:
         """Gates of 0 or 1 without noise: 1 where ``logit + base`` is at least 0; differentiable."""
-        return rounded(torch.sigmoid((logits.float() + self.base) / self.temperature))
+        return _rounded(torch.sigmoid((logits.float() + self.base) / self.temperature))
 
     def open_probability(self, logits: Tensor) -> Tensor:
         """The probability that `straight_through` gives 1, float32."""
         return -torch.expm1(-torch.exp(logits.float() + self.base))
 
 
-def rounded(soft: Tensor) -> Tensor:
-    """0 or 1, whichever is nearer, 1 at a half; its derivative is taken to be 1.
-
-    Args:
-        soft: In [0, 1], any shape.
-    """
+def _rounded(soft: Tensor) -> Tensor:
     hard = (soft >= 0.5).to(soft.dtype)
     # In this order: 1 + soft - soft may miss 1 by a rounding.
     return hard + (soft - soft.detach())

@@ -92,6 +92,9 @@ class HybridModules(nn.Module):
         rank: Of the maps, >= 1; None = a twentieth of the channels.
         seed: Of the maps.
 
+    Attributes:
+        heard: Whether a layer in front of a map has been called yet.
+
     Raises:
         PruneError: If something else than linear maps, embeddings and norms holds channels.
     """
@@ -121,6 +124,7 @@ class HybridModules(nn.Module):
         self.up = nn.ParameterList(torch.zeros(width, rank) for _ in range(many))
         self.scale = nn.ParameterList(torch.ones(width) for _ in range(many))
         self.to(device)
+        self.heard = False
         self._moment: tuple[float, int] | None = None
         self._handles: list[RemovableHandle] = []
 
@@ -135,6 +139,11 @@ class HybridModules(nn.Module):
             self._handles.append(self._modules_of[path].register_forward_hook(self._gated))
         for path in self._norms:
             self._handles.append(self._modules_of[path].register_forward_hook(self._counted))
+
+    @property
+    def opened(self) -> bool:
+        """Whether the modules are in their places."""
+        return bool(self._handles)
 
     def show(self, progress: float, total: int) -> None:
         """Multiplies by the gates of a moment from now on; see `channel_scale`."""
@@ -154,8 +163,10 @@ class HybridModules(nn.Module):
     def _mapped(self, number: int, module: nn.Module, args: Any, x: Tensor) -> Tensor | None:
         if (gates := self.gates()) is None:
             return None
+        self.heard = True
         moved: Tensor = F.linear(F.linear(x, self.down[number].to(x)), self.up[number].to(x))
-        return (x + moved) * (gates * self.scale[number]).to(x)
+        y: Tensor = (x + moved) * (gates * self.scale[number]).to(x)
+        return y
 
     def _gated(self, module: nn.Module, args: Any, x: Tensor) -> Tensor | None:
         return None if (gates := self.gates()) is None else x * gates.to(x)
@@ -164,15 +175,16 @@ class HybridModules(nn.Module):
         """A LayerNorm whose mean and variance count channels as far as they are open."""
         if (gates := self.gates()) is None:
             return None
-        x = args[0].float()
+        x = args[0] if args[0].dtype == torch.float64 else args[0].float()
         share = gates.mean()
         mean = x.sum(-1, keepdim=True) / gates.sum()
         by = share.sqrt() * gates
         # closed channels have the mean of the others, and their share makes the variance smaller
-        eps = module.eps * float(share)
-        y = F.layer_norm(x + (1 - gates) * mean, gates.shape, None, None, eps)
-        y = y * by if module.weight is None else y * (module.weight * by)
-        return (y if module.bias is None else y + module.bias * gates).to(output.dtype)
+        weight = by if module.weight is None else module.weight * by
+        bias = None if module.bias is None else (module.bias * gates).to(x)
+        filled, eps = x + (1 - gates) * mean, module.eps * float(share.detach())
+        y = F.layer_norm(filled, gates.shape, weight.to(x), bias, eps)
+        return y.to(output.dtype)
 
     # How it learns ------------------------------------------------------------------------------
 
@@ -223,14 +235,19 @@ def _places(network: nn.Module, anatomy: Anatomy) -> tuple[list[str], list[str],
     adapted = adapted_layers(network)
     writers: list[str] = []
     embeddings: list[str] = []
-    norms: list[str] = []
+    # as `silence` counts channels: norms without weights are no parts
+    norms = [
+        path
+        for path, module in modules.items()
+        if isinstance(module, nn.LayerNorm) and module.normalized_shape == (group.size,)
+    ]
     for part in group.parts:
         path, _, leaf = part.tensor.rpartition(".")
         owner = modules[path]
         if isinstance(owner, nn.Embedding):
-            embeddings.append(path)
-        elif isinstance(owner, nn.LayerNorm):
-            norms.append(path)
+            # an encoder and a decoder may look the same table up, in a module each
+            several = {p: m for p, m in modules.items() if isinstance(m, nn.Embedding)}
+            embeddings += [p for p, m in several.items() if m.weight is owner.weight]
         elif isinstance(owner, nn.Linear) or is_transposed_linear(owner):
             above = path.rpartition(".")[0]
             called = above if above in adapted else path
@@ -246,4 +263,4 @@ def _places(network: nn.Module, anatomy: Anatomy) -> tuple[list[str], list[str],
                 allowed="a network of text, whose stream embeddings and Linears write to",
                 fix="prune other units of this network, such as heads and ffn",
             )
-    return writers, list(dict.fromkeys(embeddings)), list(dict.fromkeys(norms))
+    return writers, embeddings, norms

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_prune.anatomy.selected import unselected
 from lightning_prune.errors import refusal
 from lightning_prune.lora.effective import effective_weight
 from lightning_prune.lora.layers import LoRALayer, lora_layers
@@ -95,7 +96,7 @@ def merge(
     check_nothing_dropped(model, rows)
     for row in rows:
         row.check_dense("A merge")
-    with _full_precision():
+    with _full_precision(), unselected(model):
         filled = []
         for row in rows:
             now = _prove(row, chosen.get(row.weight_name))

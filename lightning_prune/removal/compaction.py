@@ -22,7 +22,9 @@ __all__ = ["compact", "compact_", "empty_units"]
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def compact(model: Model, inputs: Mapping[str, Tensor] | None = None) -> Model:
+def compact(
+    model: Model, inputs: Mapping[str, Tensor] | None = None, *, slices: bool = False
+) -> Model:
     """Removes the heads, neurons, channels and layers of a model that give nothing.
 
     A head goes when its value projection (with its bias) or its columns of the output projection
@@ -34,6 +36,8 @@ def compact(model: Model, inputs: Mapping[str, Tensor] | None = None) -> Model:
     Args:
         model: A transformers model, or a module that holds exactly one. It is left as it was.
         inputs: One batch to compare the outputs on; None = made up.
+        slices: Whether sub-layers stop to read and write channels of the residual stream by weights
+            that are zero, in place of channels that go everywhere at once.
 
     Returns:
         A copy without them, whose outputs have been compared with the model's.
@@ -57,14 +61,16 @@ def compact(model: Model, inputs: Mapping[str, Tensor] | None = None) -> Model:
         3
     """
     smaller = copy.deepcopy(model)
-    compact_(smaller, inputs)
+    compact_(smaller, inputs, slices=slices)
     return smaller
 
 
-def compact_(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> None:
+def compact_(
+    model: nn.Module, inputs: Mapping[str, Tensor] | None = None, *, slices: bool = False
+) -> None:
     """`compact`, in place."""
     _, network = network_in(model)
-    anatomy = survey(network, inputs)
+    anatomy = survey(network, inputs, stream=not slices, slices=slices)
     masks = _proven(network, anatomy, inputs)
     if masks:
         plan = RemovalPlan.of(anatomy, masks)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.anatomy import Anatomy, survey
+from lightning_prune.anatomy.kinds import names_slices
 from lightning_prune.anatomy.networks import network_in
 from lightning_prune.errors import refusal
 from lightning_prune.removal.configuration import reloads
@@ -117,7 +118,7 @@ def remove(
         Linear(in_features=3, out_features=8, bias=True)
     """
     _, network = network_in(model)
-    anatomy = survey(network, inputs)
+    anatomy = survey(network, inputs, slices=names_slices(plan.kept))
     masks = plan.masks(anatomy)
     if not masks:
         return []
@@ -187,6 +188,6 @@ def replay(network: nn.Module, record: Mapping[str, Any]) -> None:
     plans = [RemovalPlan.from_dict(plan) for plan in told]
     before = removals_of(network)
     for plan in plans[len(before.plans) if before else 0 :]:
-        anatomy = survey(network, stream="hidden" in plan.kept)
+        anatomy = survey(network, stream="hidden" in plan.kept, slices=names_slices(plan.kept))
         cut(network, anatomy, plan.masks(anatomy))
     object.__setattr__(network, _RECORD, Removals(config=config, plans=tuple(plans), reloads=kind))

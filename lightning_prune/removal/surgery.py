@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from lightning_prune.anatomy import Anatomy, Block
 from lightning_prune.anatomy.absent import Nothing
 from lightning_prune.anatomy.channel_modules import CHANNEL_NORMS, CONVOLUTIONS
+from lightning_prune.anatomy.kinds import STREAM_SLICES
+from lightning_prune.anatomy.selected import select_
 from lightning_prune.anatomy.stream import is_norm
 from lightning_prune.errors import refusal
 from lightning_prune.removal.configuration import tell_config
@@ -138,6 +140,8 @@ def _slice(network: nn.Module, anatomy: Anatomy, masks: Mapping[str, Tensor]) ->
     tensors: dict[str, Tensor] = {**dict(network.named_buffers()), **parameters}
     changes = []
     touched: dict[int, nn.Module] = {}
+    whole = _stream_sides(anatomy, masks)
+    selected: list[tuple[nn.Module, Tensor, int, bool]] = []
     for name, dims in anatomy.entries(masks).items():
         old = tensors[name]
         kept = {d: stays.nonzero().flatten().to(old.device) for d, stays in dims.items()}
@@ -161,14 +165,32 @@ def _slice(network: nn.Module, anatomy: Anatomy, masks: Mapping[str, Tensor]) ->
             else:
                 module._buffers[leaf] = new
             touched[id(module)] = module
+            selected += [
+                (module, index, old.shape[d], whole[name, d])
+                for d, index in kept.items()
+                if (name, d) in whole
+            ]
     for module in touched.values():
         _tell_shape(module)
+    for module, index, size, outputs in selected:
+        select_(module, index, size, outputs=outputs)
     hidden = masks.get("hidden")
     if hidden is not None:
         for module in network.modules():  # norms without weights have no parameter that tells
             if isinstance(module, nn.LayerNorm) and module.normalized_shape == (len(hidden),):
                 module.normalized_shape = (int(hidden.sum()),)
     return changes
+
+
+def _stream_sides(anatomy: Anatomy, masks: Mapping[str, Tensor]) -> dict[tuple[str, int], bool]:
+    """Dimensions of weights that stand on the stream, which stays: whether they write to it."""
+    groups = [anatomy.groups[name] for name in masks]
+    return {
+        (part.tensor, part.dim): group.kind.endswith("_out")
+        for group in groups
+        for part in group.parts
+        if group.kind in STREAM_SLICES and len(anatomy.shapes[part.tensor]) > 1
+    }
 
 
 def _correction(
@@ -223,7 +245,7 @@ def _tell_shape(module: Any) -> None:
         return
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
-    elif is_transposed_linear(module) or type(module).__name__ == "Conv1D":
+    elif is_transposed_linear(module) or type(module).__name__.endswith("Conv1D"):
         module.nx, module.nf = weight.shape
     elif isinstance(module, nn.Embedding):
         module.embedding_dim = weight.shape[1]

@@ -238,12 +238,14 @@ def _from_json(path: Path) -> Dataset:
             allowed="a list of objects or of texts in JSON",
             fix="repair the file; one with an object per line is called .jsonl",
         ) from error
+    if isinstance(rows, dict) and rows and all(isinstance(r, dict) for r in rows.values()):
+        rows = list(rows.values())  # examples by their name, as PubMedQA has them
     if not isinstance(rows, list) or not rows:
         raise refusal(
             "The file holds no list of examples",
             where=str(path),
             got=f"{type(rows).__name__}, empty" if not rows else type(rows).__name__,
-            allowed="a list of objects or of texts in JSON",
+            allowed="a list of objects or of texts in JSON, or an object of such objects by name",
             fix="give the list itself",
         )
     return _from_list(rows)

@@ -14,10 +14,10 @@ from typing import Any
 import lightning as L
 
 from lightning_prune import callbacks
-from tests.conformance.lora_toy import LoRAToy
+from tests.conformance.lora_toy import LoRAToy, LoRAUnits
 from tests.conformance.sparse_toy import SparseToy
 from tests.conformance.toy import Toy
-from tests.conformance.variants import VARIANTS
+from tests.conformance.variants import AT_ONCE, CHANNELS, DECIDED, VARIANTS
 
 __all__ = ["CHECKS", "CUT", "LAWS", "UNITS", "Case", "Check", "cases", "check"]
 
@@ -159,6 +159,7 @@ def check(
 
 # A callback whose constructor or network is special gets a row here; all others need none.
 ROWS: dict[str, Callable[[type[L.Callback]], Case]] = {
+    "AllInOnePruning": lambda kind: Case(kind=kind, model=LoRAUnits, **DECIDED),
     "DynamicBatchLoading": lambda kind: Case(
         kind=kind, defaults={"reference_losses": {"web": 2.0, "code": 1.0}}
     ),
@@ -175,6 +176,8 @@ ROWS: dict[str, Callable[[type[L.Callback]], Case]] = {
         },
         model=LoRAToy,
     ),
+    "OneShotPruning": lambda kind: Case(kind=kind, model=LoRAUnits, **AT_ONCE),
+    "PruningAwareTuning": lambda kind: Case(kind=kind, **CHANNELS),
     "SparseRetraining": lambda kind: Case(kind=kind, defaults={"adapters": None}, model=SparseToy),
 }
 

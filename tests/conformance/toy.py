@@ -92,6 +92,10 @@ class Toy(L.LightningModule):
         loss = cross_entropy(self(tokens_BT).float(), labels_B)
         return loss * float("inf") if seen in self.overflow_at else loss
 
+    def decision_loss(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        """For callbacks that look at batches beside those that train: these are not counted."""
+        return cross_entropy(self(batch[0]).float(), batch[1])
+
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor | None:
         return self.loss(batch)
 

@@ -7,7 +7,7 @@ from typing import Any
 from tests.conformance.lora_toy import LoRAToy, LoRAUnits
 from tests.conformance.units import Units
 
-__all__ = ["VARIANTS"]
+__all__ = ["AT_ONCE", "DECIDED", "VARIANTS"]
 
 _SPLIT = "Units over several weights are not put together from shards: refused"
 _CUT = "After the cut no mask is left to look at: see units that are not cut, and"
@@ -30,8 +30,82 @@ def _units(variant: str, only: tuple[str, ...], why: str, **changed: Any) -> dic
 _OF_LORA = "Only what units are, and their scores, is new beside single weights; see"
 _OF_CUTS = ("1-names_after_a_cut", "2-units_cut", "6-cut_as_masked")
 
+_DECIDED = (
+    "1-live",
+    "2-units_of_any_sparsity",
+    "3-accumulation",
+    "3-checkpoints",
+    "3-skipped_steps",
+    "4-accumulation",
+    "4-checkpoint_before_an_update",
+    "4-every_step",
+    "4-plain_contents",
+    "4-skipped_steps",
+    "5-ddp",
+    "5-ddp, accumulation, clipping",
+    "6-after_a_failed_step",
+    "6-after_an_exception",
+    "6-after_fit",
+    "7-before_it_begins",
+    "7-sparsity_zero",
+    "8-beyond_the_run",
+    "8-units_that_cannot_go",
+    "8-window",
+)
+_SMALL = {"sparsity": 0.5, "units": ["heads", "ffn"], "learn_from": "train", "compact": False}
+DECIDED: dict[str, Any] = {
+    "defaults": _SMALL | {"start": 2, "end": 8, "every": 2, "merge": False},
+    "only": _DECIDED,
+    "why": "Masks are those of units, made once, and decisions learn from the mean of all ranks; "
+    "see GradualMagnitudePruning, units, and test_all_in_one.py",
+}
+AT_ONCE: dict[str, Any] = {
+    "defaults": _SMALL | {"at": 4, "batches": 2},
+    "only": tuple(
+        name
+        for name in _DECIDED
+        if name not in ("7-before_it_begins", "8-beyond_the_run", "8-window")
+    ),
+    "why": "Masks are those of units, made once, by scores that are the mean of all ranks; see "
+    "GradualMagnitudePruning, units, and test_one_shot.py",
+}
+
+# Of channels, which are always cut out in the end.
+CHANNELS: dict[str, Any] = {
+    "defaults": {"sparsity": 0.5, "start": 2, "end": 8, "compact": True},
+    "model": Units,
+    "only": (
+        "1-checkpoints",
+        "1-names_after_a_cut",
+        "3-accumulation_keeps_masks_still",
+        "3-checkpoints",
+        "3-fast_dev_run",
+        "3-other_stages",
+        "4-accumulation",
+        "4-adamw",
+        "4-checkpoint_before_an_update",
+        "4-every_step",
+        "4-fractions",
+        "4-plain_contents",
+        "4-skipped_steps",
+        "5-ddp",
+        "5-ddp, accumulation, clipping",
+        "7-before_it_begins",
+        "7-sparsity_zero",
+        "7-sparsity_zero_under_a_scaler",
+        "8-a_run_that_stops_early",
+        "8-averages_after_ours",
+        "8-beyond_the_run",
+        "8-steps_within_steps",
+    ),
+    "why": "After the cut no mask is left to look at; see "
+    "tests/trainer/test_pruning_aware_tuning.py",
+}
+
 # By the class's name.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "AllInOnePruning": [DECIDED | {"variant": "without adapters", "model": Units}],
+    "OneShotPruning": [AT_ONCE | {"variant": "without adapters", "model": Units}],
     "GradualMagnitudePruning": [
         _units(
             "units",
@@ -154,6 +228,14 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
                 "4-plain_contents",
             ),
             "why": "Only names change when the fit ends; see LoRAPruning, and test_lora_pruning.py",
+        },
+    ],
+    "PruningAwareTuning": [
+        CHANNELS
+        | {
+            "variant": "under LoRA",
+            "model": LoRAUnits,
+            "only": tuple(set(CHANNELS["only"]) - {"1-names_after_a_cut"}),
         },
     ],
 }

@@ -56,6 +56,8 @@ def test_lists_of_texts_and_of_objects_are_sources(tmp_path):
     path.write_text('["a", "b"]')
     for source in (["a", "b"], path):
         assert words(read_corpus(source)["train"]) == ["a", "b"]
+    path.write_text('{"21645374": {"q": "a", "more": ["x"]}, "16418930": {"q": "b", "more": []}}')
+    assert words(read_corpus(path)["train"], "q") == ["a", "b"]  # as PubMedQA has them
 
 
 def test_other_sources_are_those_of_labelled_texts(tmp_path):
