@@ -6,9 +6,9 @@ minilm: SST-2, 500 steps of 32 sentences; accuracy on the dev set. smollm2: Smol
 PubMedQA, 150 steps of 512 tokens; perplexity on questions that were held out. All arms put LoRA of
 rank 8 on the Linears of the blocks, see the same batches in the same order at the same rate, and
 remove the same share of the block weights, heads and FFN neurons, wherever they choose (PAT:
-channels of the stream); what is measured are merged and cut models. Arms that decide on held-out batches get those in addition to
-the steps. Each arm's row is written as it ends; a run that is started again goes on where it
-stopped.
+channels of the stream); what is measured are merged and cut models. Arms that decide on held-out
+batches get those in addition to the steps. Each arm's row is written as it ends; a run that is
+started again goes on where it stopped.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def check_trainer_of_gates(
     """Refuses averages of weights under random gates, and weights split over ranks."""
     if averages and sparsity > 0:
         raise refusal(
-            "Averages of weights under random gates stand for no network",
+            "Averages of weights under gates stand for no network",
             where=f"{callback}, Trainer(callbacks=[...])",
             got="an averaging callback",
             allowed="gates without averages",

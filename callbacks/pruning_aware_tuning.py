@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import lightning as L
 import torch
-from torch import nn
 
 from lightning_prune.allocation import as_allocation
-from lightning_prune.anatomy.adapted import adapted_layers
 from lightning_prune.anatomy.networks import network_in
 from lightning_prune.callbacks.averages import averages_weights
 from lightning_prune.callbacks.checks import too_early
 from lightning_prune.callbacks.gate_checks import check_locations, check_trainer_of_gates
 from lightning_prune.callbacks.observing import will_skip
+from lightning_prune.callbacks.pruning_aware_checks import (
+    check_map_numbers,
+    check_maps,
+    hidden_layers,
+)
 from lightning_prune.callbacks.settings import Settings
 from lightning_prune.callbacks.structured import StructuredCallback
 from lightning_prune.criteria.locations import Locations
 from lightning_prune.distributed import mean_over_ranks
-from lightning_prune.errors import PruneError, refusal
 from lightning_prune.gates.hybrid_sparsification import HybridModules
-from lightning_prune.lora import lora_layers
 from lightning_prune.patterns import as_pattern
 from lightning_prune.schedules import as_schedule
 from lightning_prune.targets import Selection, Target, as_globs
@@ -91,7 +91,9 @@ class PruningAwareTuning(StructuredCallback):
         total_steps: int | None = None,
     ) -> None:
         name = type(self).__name__
-        _check(name, rank=rank, identity=identity, learning_rate=learning_rate, mask_lr=mask_lr)
+        check_map_numbers(
+            name, rank=rank, identity=identity, learning_rate=learning_rate, mask_lr=mask_lr
+        )
         self.rank, self.identity, self.seed = rank, identity, seed
         self.learning_rate, self.mask_lr = learning_rate, mask_lr
         self._window = (0, 0)
@@ -164,8 +166,8 @@ class PruningAwareTuning(StructuredCallback):
         check_trainer_of_gates(self.name, averages_weights(trainer), self._targets, self.sparsity)
         self._module = pl_module
         if self._removed is None and not self.finished and self.sparsity > 0:
-            _check_network(self.name, pl_module)
-            self._made()  # refuses networks that it cannot stand in
+            # made in vain: it refuses networks that it cannot stand in
+            check_maps(self.name, pl_module, self._made())
 
     def _laid_out(self) -> Layout:
         if self._layout is None:
@@ -243,7 +245,9 @@ class PruningAwareTuning(StructuredCallback):
         if maps is None or optimizer is None:
             return
         if not maps.heard:
-            raise _hidden(self.name, "the first step with maps", "no call of a layer before them")
+            raise hidden_layers(
+                self.name, "the first step with maps", "no call of a layer before them"
+            )
         if maps.mask.grad is None or self.step == self._learned:  # another optimizer is to come
             return
         self._learned = self.step
@@ -338,55 +342,3 @@ class PruningAwareTuning(StructuredCallback):
             "maps": f"{self.rank}, {self.learning_rate}, {self.mask_lr}, {self.identity}, "
             f"{self.seed}"
         }
-
-
-def _check(callback: str, *, rank: int | None, identity: float, **rates: float | None) -> None:
-    """Refuses numbers that make no sense."""
-    whole = isinstance(rank, int) and not isinstance(rank, bool)
-    wrong: dict[str, tuple[object, str]] = {}
-    if rank is not None and (not whole or rank < 1):
-        wrong["rank"] = (rank, "an integer >= 1, or None")
-    if not _number(identity) or identity < 0:
-        wrong["identity"] = (identity, "a number >= 0")
-    for name, rate in rates.items():
-        if rate is not None and not (_number(rate) and rate > 0):
-            wrong[name] = (rate, "a number > 0, or None")
-    for name, (value, allowed) in wrong.items():
-        raise refusal(
-            "Maps and masks cannot learn so",
-            where=f"{callback}({name}=...)",
-            got=repr(value),
-            allowed=allowed,
-            fix="leave it out",
-        )
-
-
-def _check_network(callback: str, module: nn.Module) -> None:
-    """Refuses a network that hides its layers, or whose zeros a fold would fill."""
-    for path, part in module.named_modules():
-        if getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod"):
-            raise _hidden(callback, path or type(module).__name__, "torch.compile")
-    rows = lora_layers(module) if adapted_layers(module) else ()
-    masked = next((row.weight_name for row in rows if row.mask is not None), None)
-    if masked is not None:
-        raise refusal(
-            "Maps that are folded into a weight fill its zeros",
-            where=f"{callback}, {masked}",
-            got="an adapter with a mask",
-            allowed="dense weights and adapters",
-            fix="prune single weights after the channels",
-        )
-
-
-def _hidden(callback: str, where: str, got: str) -> PruneError:
-    return refusal(
-        "Maps stand behind layers, which this network does not show",
-        where=f"{callback}, {where}",
-        got=got,
-        allowed="a network whose layers are called as modules, and that is not compiled",
-        fix="compile the smaller network afterwards",
-    )
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

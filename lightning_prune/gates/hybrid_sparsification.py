@@ -200,6 +200,16 @@ class HybridModules(nn.Module):
 
     # Folding ------------------------------------------------------------------------------------
 
+    @property
+    def folded(self) -> dict[str, Tensor]:
+        """The matrices that `fold` writes to, adapters and embeddings apart, by path."""
+        found: dict[str, Tensor] = {}
+        for path in self._paths:
+            layer: Any = self._modules_of[path]
+            if not isinstance(layer, nn.Embedding):
+                found[path] = (layer.base_layer if path in self._adapted else layer).weight
+        return found
+
     @torch.no_grad()
     def fold(self) -> None:
         """Multiplies maps and scales into the weights before them, adapters' B and biases."""
