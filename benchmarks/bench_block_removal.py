@@ -13,7 +13,6 @@ With --no-latency arms may run beside other work: a later run, alone, times the 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 import warnings
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import lightning as L
 import minilm
+import stored
 import torch
 from bench_movement_quality import LEARN, fit, teacher
 from bench_quality import EVERY, STEPS, Classifier, Pieces, accuracy, training_batches
@@ -164,18 +164,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
-    rows = [json.loads(line) for line in STORE.read_text().splitlines()] if STORE.exists() else []
+    rows = stored.load(STORE)
     for kept in options.kept:
         if any((r["kept"], r["seed"]) == (kept, options.seed) for r in rows):
             continue
-        rows.append(run(kept, options))
-        print(rows[-1], flush=True)
-        with STORE.open("a") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
+        stored.add(run(kept, options), rows, STORE)
     if not options.no_latency:
         rows = [row if "latency" in row else timed(row, options) for row in rows]
-        STORE.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (RESULTS / "block_removal.md").write_text(table(rows))
+        stored.replace(rows, STORE, table)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 import warnings
 from dataclasses import replace
@@ -22,6 +21,7 @@ from typing import Any
 
 import lightning as L
 import minilm
+import stored
 import torch
 from bench_quality import EVERY, STEPS, Classifier, Pieces, accuracy, training_batches
 
@@ -203,7 +203,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
     store = options.store
-    rows = [json.loads(line) for line in store.read_text().splitlines()] if store.exists() else []
+    rows = stored.load(store)
     arms = [("full", 1.0), ("diff", 0.005), ("head", 0.0), ("random", 0.005)]
     arms += [("diff", changed) for changed in CHANGED if ("diff", changed) not in arms]
     for seed in options.seeds:
@@ -222,11 +222,7 @@ def main() -> None:
             if any(_key(row) == _key(wanted) for row in rows):
                 continue
             row = run(arm, changed, seed, options)
-            print(row, flush=True)
-            with store.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            rows.append(row)
-            store.with_suffix(".md").write_text(table(rows))
+            stored.add(row, rows, store, table)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ nothing but whether budgets are met: those models are not timed.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 import warnings
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 import bench_quality
 import lightning as L
 import minilm
+import stored
 import torch
 from bench_movement_quality import fit, teacher
 from bench_quality import Classifier, accuracy
@@ -199,10 +199,7 @@ def main() -> None:
     bench_quality.STEPS = options.steps
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
-
-    def stored() -> list[dict[str, Any]]:
-        return [json.loads(line) for line in STORE.read_text().splitlines()]
-
+    rows = stored.load(STORE)
     for sparsity, units, how, seed in (
         (sparsity, units, how, seed)
         for seed in options.seeds
@@ -213,20 +210,15 @@ def main() -> None:
         arm = f"{units}:{how}"
         key = (units, how, sparsity, seed, options.steps, options.rate, options.precision)
         named = ("units", "distilled", "sparsity", "seed", "steps", "rate", "precision")
-        rows = stored() if STORE.exists() else []
         done = [tuple(r[name] for name in named) == key for r in rows]
         if any(done) or (options.only and not {arm, f"{arm}:{sparsity:g}"} & {*options.only}):
             continue
-        row = run(units, how, sparsity, seed, options)
-        print(row, flush=True)
-        with STORE.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-    rows = stored()
+        stored.add(run(units, how, sparsity, seed, options), rows, STORE, table)
     if not options.no_latency:
-        whole = [row["steps"] == LENGTH and "latency" not in row for row in rows]
-        rows = [timed(r, options) if w else r for r, w in zip(rows, whole, strict=True)]
-        STORE.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (RESULTS / "gate_quality.md").write_text(table(rows))
+        there = [r["steps"] == LENGTH and saved(r, options).exists() for r in rows]
+        untimed = [here and "latency" not in r for here, r in zip(there, rows, strict=True)]
+        rows = [timed(r, options) if u else r for u, r in zip(untimed, rows, strict=True)]
+        stored.replace(rows, STORE, table)
 
 
 if __name__ == "__main__":

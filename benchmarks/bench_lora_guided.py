@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import time
 import warnings
@@ -32,6 +31,7 @@ from typing import Any
 import bench_small_llm
 import lightning as L
 import minilm
+import stored
 import torch
 from bench_small_llm import HELD_OUT, LENGTH, STEPS, dense, fit, loss_of, rows
 from torch import Tensor, nn
@@ -279,7 +279,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
     options.work.mkdir(parents=True, exist_ok=True)
-    found = [json.loads(line) for line in STORE.read_text().splitlines()] if STORE.exists() else []
+    found = stored.load(STORE)
     arms = [("dense", 0.0)]
     arms += [(arm, level) for level in LEVELS for arm in list(ARMS)[1:]]
     for seed in options.seeds:
@@ -291,11 +291,7 @@ def main() -> None:
             if any(wanted.items() <= row.items() for row in found):
                 continue
             row = run(arm, level, seed, options)
-            print(row, flush=True)
-            with STORE.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            found.append(row)
-            (RESULTS / "lora_guided.md").write_text(table(found))
+            stored.add(row, found, STORE, table)
 
 
 if __name__ == "__main__":

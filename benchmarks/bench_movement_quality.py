@@ -12,7 +12,6 @@ in a table of their own.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 import warnings
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 import bench_quality
 import lightning as L
 import minilm
+import stored
 import torch
 from bench_quality import EVERY, Classifier, Pieces, accuracy, training_batches
 from torch import nn
@@ -150,7 +150,7 @@ def _key(row: dict[str, Any]) -> tuple[str, float, int, float, int]:
 def elsewhere() -> list[dict[str, Any]]:
     """Rows of bench_quality.py that are arms of this benchmark, too."""
     store = RESULTS / "quality.jsonl"
-    found = [json.loads(line) for line in store.read_text().splitlines()] if store.exists() else []
+    found = stored.load(store)
     names = {"ours": "magnitude", "dense": "dense"}
     rows = [
         r | {"arm": names[r["arm"]], "kept": round(1 - r["asked"], 2)}
@@ -220,7 +220,7 @@ def main() -> None:
     bench_quality.EPOCHS = options.epochs
     bench_quality.STEPS = bench_quality.SENTENCES * options.epochs // bench_quality.BATCH
     warnings.filterwarnings("ignore")
-    rows = [json.loads(line) for line in STORE.read_text().splitlines()] if STORE.exists() else []
+    rows = stored.load(STORE)
     rows += [r for r in elsewhere() if not any(_key(r) == _key(mine) for mine in rows)]
     arms = [("dense", 1.0)]
     arms += [(arm, kept) for kept in KEPT for arm in list(ARMS)[:4]]
@@ -235,11 +235,7 @@ def main() -> None:
             if not wanted or done:
                 continue
             row = run(arm, kept, seed, options)
-            print(row, flush=True)
-            with STORE.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            rows.append(row)
-            (RESULTS / "movement_quality.md").write_text(table(rows))
+            stored.add(row, rows, STORE, table)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import Any
 
 import lightning as L
 import minilm
+import stored
 import torch
 from bench_quality import BATCH, Classifier, accuracy, encode, training_batches
 from bench_small_llm import LENGTH, MODEL, dense, loss_of
@@ -258,7 +259,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     arms = [(name, "dense", 0.0) for name in STEPS]
     arms += [(n, arm, level) for n in STEPS for level in LEVELS for arm in ARMS if arm != "dense"]
-    rows = [json.loads(x) for x in STORE.read_text().splitlines()] if STORE.exists() else []
+    rows = stored.load(STORE)
     for seed in options.seeds:
         for name, arm, level in arms:
             if options.only and not {name, f"{name}:{arm}:{level:g}"} & set(options.only):
@@ -267,11 +268,7 @@ def main() -> None:
             if any(wanted.items() <= row.items() for row in rows):
                 continue
             row = run(name, arm, level, seed, options)
-            print(row, flush=True)
-            rows.append(row)
-            with STORE.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            (RESULTS / "one_stage.md").write_text(table(rows))
+            stored.add(row, rows, STORE, table)
 
 
 if __name__ == "__main__":

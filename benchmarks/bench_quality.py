@@ -11,7 +11,6 @@ Each arm's row is written as it ends; a run that is started again goes on where 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 import warnings
@@ -21,6 +20,7 @@ from statistics import mean
 
 import lightning as L
 import minilm
+import stored
 import torch
 from lightning.pytorch.callbacks import ModelPruning
 from torch import Tensor
@@ -260,7 +260,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
     store = RESULTS / "quality.jsonl"
-    rows = [json.loads(line) for line in store.read_text().splitlines()] if store.exists() else []
+    rows = stored.load(store)
     done = {(r["arm"], r["asked"], r["seed"]) for r in rows}
     arms = [("dense", 0.0), ("ours", 0.9), ("ModelPruning", 0.9), ("one-shot", 0.9)]
     arms += [(arm, 0.9) for arm in WINDOWS]
@@ -272,11 +272,7 @@ def main() -> None:
             ):
                 continue
             row = run(arm, level, seed, options)
-            print(row, flush=True)
-            with store.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            rows.append(row)
-            (RESULTS / "quality.md").write_text(table(rows))
+            stored.add(row, rows, store, table)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 import warnings
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import lightning as L
 import minilm
+import stored
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -187,16 +187,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
-    found = [json.loads(line) for line in STORE.read_text().splitlines()] if STORE.exists() else []
+    found = stored.load(STORE)
     for arm in options.only:
         if any(row["arm"] == arm for row in found):
             continue
         row = run(arm, options)
-        print(row, flush=True)
-        with STORE.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        found.append(row)
-        (RESULTS / "small_llm.md").write_text(table(found))
+        stored.add(row, found, STORE, table)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ on where it stopped.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import warnings
 from pathlib import Path
@@ -26,6 +25,7 @@ import bench_quality
 import bench_small_llm
 import lightning as L
 import minilm
+import stored
 import torch
 from bench_movement_quality import fit as fit_sentences
 from bench_movement_quality import teacher
@@ -268,7 +268,7 @@ def main() -> None:
     bench_small_llm.STEPS = options.llm_steps
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
-    found = [json.loads(line) for line in STORE.read_text().splitlines()] if STORE.exists() else []
+    found = stored.load(STORE)
     arms = [(name, arm, level) for name in PLAN for level in LEVELS[name] for arm in PLAN[name]]
     arms += [(name, "dense", 0.0) for name in PLAN]
     for seed in options.seeds:
@@ -280,11 +280,7 @@ def main() -> None:
             if any(wanted.items() <= row.items() for row in found):
                 continue
             row = run(name, arm, level, seed, options)
-            print(row, flush=True)
-            with STORE.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            found.append(row)
-            (RESULTS / "sparse_retraining.md").write_text(table(found))
+            stored.add(row, found, STORE, table)
 
 
 if __name__ == "__main__":
