@@ -55,8 +55,8 @@ class AllInOnePruning(StructuredCallback):
 
     Args:
         sparsity: Fraction of the selected weights that is gone at the end, in [0, 1).
-        units: "heads" (key and value heads with all their queries), "query_heads", "head_dims" (with
-            pairs of rotary positions together), "ffn" (neurons), "mlp_in" and its like, or a list.
+        units: "heads" (key heads with all their queries), "query_heads", "head_dims" (pairs of
+            rotary positions together), "ffn" (neurons), "mlp_in" and its like, or a list.
         start: When decisions begin: a fraction of the run (float in [0, 1]) or an optimizer step.
         end: When they are final, the same way.
         every: Optimizer steps between two steps of the generator.

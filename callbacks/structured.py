@@ -35,7 +35,7 @@ from lightning_prune.followers import Members
 from lightning_prune.lora import lora_layers
 from lightning_prune.masks import constant
 from lightning_prune.patterns import Unstructured
-from lightning_prune.removal import RemovalPlan, remove
+from lightning_prune.removal import RemovalPlan, check_norms, remove
 from lightning_prune.removal.masked import silence
 from lightning_prune.targets import Excluded, Selection, Target, as_globs, select
 from lightning_prune.unit_layout import Layout
@@ -224,6 +224,8 @@ class StructuredCallback(CompactingCallback):
         members = self._members
         if isinstance(members, UnitMembers) and members.layout is not None:
             self._check_unused(trainer, members.layout)
+            if "hidden" in members.layout.kinds:
+                check_norms(network_in(pl_module)[1], members.layout.anatomy)
             self._layout = members.layout
             groups = self._layout.groups
             self._kept = {g.name: torch.ones(g.size, dtype=torch.bool) for g in groups}

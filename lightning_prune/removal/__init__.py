@@ -13,6 +13,7 @@ from lightning_prune.removal.removing import remove as remove
 from lightning_prune.removal.removing import replay as replay
 from lightning_prune.removal.removing import whole as whole
 from lightning_prune.removal.surgery import Change as Change
+from lightning_prune.removal.surgery import check_norms as check_norms
 from lightning_prune.removal.surgery import cut as cut
 from lightning_prune.removal.transplant import transplant as transplant
 
@@ -21,6 +22,7 @@ __all__ = [
     "RemovalPlan",
     "Removals",
     "check_equal",
+    "check_norms",
     "compact",
     "compact_",
     "cut",

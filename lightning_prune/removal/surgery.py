@@ -22,7 +22,7 @@ from lightning_prune.errors import refusal
 from lightning_prune.removal.configuration import tell_config
 from lightning_prune.targets import is_transposed_linear
 
-__all__ = ["Change", "check", "cut"]
+__all__ = ["Change", "check", "check_norms", "cut"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,14 +203,34 @@ def _correction(
     does.
     """
     module, leaf = places[0]
-    if leaf != "weight" or not is_norm(module) or isinstance(module, nn.LayerNorm):
+    if not _counts_all(module, leaf):
         return 1.0, 0.0
     before, after = weight.shape[0], len(kept[0])
+    name, epsilon = _epsilon(module)
+    offset = _offset(module, weight)
+    setattr(module, name, epsilon * before / after)
+    return math.sqrt(before / after), offset
+
+
+def check_norms(network: nn.Module, anatomy: Anatomy) -> None:
+    """Refuses a network whose stream has norms that cannot be corrected for fewer channels."""
+    modules = dict(network.named_modules())
+    for part in anatomy.groups["hidden"].parts if "hidden" in anatomy.groups else ():
+        path, _, leaf = part.tensor.rpartition(".")
+        if _counts_all(modules[path], leaf):
+            _epsilon(modules[path])
+            _offset(modules[path], network.get_parameter(part.tensor))
+
+
+def _counts_all(module: nn.Module, leaf: str) -> bool:
+    """Whether a tensor is the weight of a norm in whose mean closed channels stay."""
+    return leaf == "weight" and is_norm(module) and not isinstance(module, nn.LayerNorm)
+
+
+def _epsilon(module: nn.Module) -> tuple[str, float]:
     for name in ("variance_epsilon", "eps"):
         if isinstance(epsilon := getattr(module, name, None), float):
-            offset = _offset(module, weight)
-            setattr(module, name, epsilon * before / after)
-            return math.sqrt(before / after), offset
+            return name, epsilon
     raise refusal(
         "A norm's epsilon is not found, so it cannot be corrected for fewer channels",
         where=type(module).__name__,

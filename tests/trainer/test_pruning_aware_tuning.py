@@ -16,6 +16,7 @@ from tests import lora_networks as nets
 from tests.adapted import Module
 from tests.conformance.toy import batches, train
 from tests.conformance.watch import copied, weights
+from tests.refusals import refused
 
 
 class Tuning(PruningAwareTuning):
@@ -150,3 +151,19 @@ def test_names_stay_while_maps_are_there():
     assert all(keys == before for keys in seen)
     assert len(set(optimized)) == 1
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_norm_that_cannot_be_corrected_is_refused_before_the_first_step():
+    model = Module("llama")
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = torch.tensor(module.variance_epsilon)
+    seen = []
+
+    class Look(L.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            seen.append(trainer.global_step)
+
+    with refused(got="neither eps nor variance_epsilon", fix="keep the channels"):
+        train(model, Look(), PruningAwareTuning(0.25))
+    assert not seen
