@@ -55,9 +55,12 @@ ARMS = {
     "guided": "LoRAPruning while LoRA trains, merged and cut at the end",
     "early": "the same from 5% to 50% of the run, so that half of it trains what is left",
     "at once": "the same in one update after 10 steps: what these scores are worth without a ramp",
+    "activations": "at once, with LoRAPruning(scores='activations')",
+    "activations, early": "these from 5% to 50% of the run",
     "one-shot": "cut at once by |w * gradient| of full gradients, then LoRA",
     "random": "random units cut at once, then LoRA",
 }
+GUIDED = ("guided", "early", "at once", "activations", "activations, early")
 Batches = list[dict[str, Tensor]]
 
 
@@ -77,11 +80,12 @@ def adapted(network: nn.Module, rate: float) -> CausalLM:
 
 def pruner(sparsity: float, arm: str = "guided") -> LoRAPruning:
     when: dict[str, Any] = {"start": 0.1, "end": 0.9}
-    if arm == "early":
+    if arm.endswith("early"):
         when = {"start": 0.05, "end": 0.5}
-    elif arm == "at once":
+    elif arm != "guided":
         when = {"schedule": "oneshot", "start": 10}
-    return LoRAPruning(sparsity, units=["heads", "ffn"], **when)
+    scores: Any = "activations" if arm.startswith("activations") else "adapters"
+    return LoRAPruning(sparsity, units=["heads", "ffn"], scores=scores, **when)
 
 
 class Bytes(L.Callback):
@@ -173,7 +177,7 @@ def run(arm: str, sparsity: float, seed: int, options: argparse.Namespace) -> di
         if arm == "one-shot":
             scores, gradients, held = taylor(network, text)
         cut(network, sparsity, scores)
-    guided = arm in ("guided", "early", "at once")
+    guided = arm in GUIDED
     before = None if guided else loss_of(network, held_out)
     module, watch = adapted(network, options.rate), Bytes()
     fit(module, text, watch, *([pruner(sparsity, arm)] if guided else []))

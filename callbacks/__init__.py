@@ -13,6 +13,9 @@ from lightning_prune.callbacks.diff_pruning import DiffPruning as DiffPruning
 from lightning_prune.callbacks.dynamic_batch_loading import (
     DynamicBatchLoading as DynamicBatchLoading,
 )
+from lightning_prune.callbacks.dynamic_sparse import (
+    DynamicSparseTraining as DynamicSparseTraining,
+)
 from lightning_prune.callbacks.gradual_magnitude import (
     GradualMagnitudePruning as GradualMagnitudePruning,
 )
@@ -28,6 +31,7 @@ __all__ = [
     "AllInOnePruning",
     "DiffPruning",
     "DynamicBatchLoading",
+    "DynamicSparseTraining",
     "GradualMagnitudePruning",
     "HardConcretePruning",
     "LoRAPruning",

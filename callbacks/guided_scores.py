@@ -86,6 +86,10 @@ class GuidedUnits:
             sums = gradient.sum(others)[part.index.to(gradient.device)].sum(1)
             self._seen[f"{group}/{target.name}"] = sums / (sums.norm() + _EPS)
 
+    def see(self, group: str, scores: Tensor) -> None:
+        """Sets aside what else one step says of a group of units, of shape (units,)."""
+        self._seen[f"{group}/units"] = scores / (scores.norm() + _EPS)
+
     def commit(self, targets: Sequence[Target]) -> None:
         """Takes what was set aside into the means."""
         for key, seen in self._seen.items():

@@ -13,6 +13,7 @@ from lightning_prune import lora
 from lightning_prune.allocation import Allocation, as_allocation
 from lightning_prune.callbacks.adapter_removal import check_adapters, merge_adapters, remove_units
 from lightning_prune.callbacks.guided_scores import GuidedUnits, GuidedWeights
+from lightning_prune.callbacks.guided_slopes import GuidedSlopes
 from lightning_prune.callbacks.lora_pruning_checks import (
     check_arguments,
     check_budget,
@@ -52,6 +53,8 @@ class LoRAPruning(StructuredCallback):
         sparsity: Fraction of the selected weights that is zero at the end, in [0, 1).
         units: "heads" (key and value heads with all their queries), "query_heads", "ffn"
             (neurons), or a list of these; None prunes single weights of layers with adapters.
+        scores: "adapters" (the paper's) or, for units, "activations": what the loss loses to first
+            order when a unit gives nothing, exactly, with no more gradients.
         schedule: See `GradualMagnitudePruning`, as for `start` to `exclude`.
         start: When pruning starts: a fraction of the run (float in [0, 1]) or an optimizer step.
         end: When the last update is made, the same way.
@@ -120,6 +123,7 @@ class LoRAPruning(StructuredCallback):
         self,
         sparsity: float,
         units: str | Sequence[str] | None = ("heads", "ffn"),
+        scores: Literal["adapters", "activations"] = "adapters",
         schedule: str | Schedule | Callable[[float], float] = "cubic",
         start: int | float = 0.1,
         end: int | float = 0.9,
@@ -140,10 +144,11 @@ class LoRAPruning(StructuredCallback):
         total_steps: int | None = None,
     ) -> None:
         asked = [units] if isinstance(units, str) else None if units is None else list(units)
-        check_arguments(asked, allocation, merge, compact)
+        check_arguments(asked, scores, allocation, merge, compact)
         check_spared(spare_first=spare_first, spare_last=spare_last)
         self.spare_first, self.spare_last = spare_first, spare_last
-        self.beta, self.merge = beta, merge
+        self.beta, self.merge, self.scores = beta, merge, scores
+        self._slopes: GuidedSlopes | None = None
         self.equal_shares = allocation == "uniform"
         self._rows: dict[str, lora.LoRALayer] = {}
         self._heard = False  # of gradients, since the last step
@@ -246,6 +251,9 @@ class LoRAPruning(StructuredCallback):
         names = {t.name for t in self._members.ranked}
         learning = self._learning(pl_module) if names else []
         self._rows = {r.weight_name: r for r in learning if r.weight_name in names}
+        if self.scores == "activations" and self._layout is not None and not self.finished:
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            self._slopes = GuidedSlopes(pl_module, self._layout, self._targets, scaler)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Masks adapters over single weights that are pruned already."""
@@ -281,11 +289,23 @@ class LoRAPruning(StructuredCallback):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._mask_adapters(pl_module)
 
+    def on_before_zero_grad(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Drops with the gradients what activations have told."""
+        if self._slopes is not None:
+            self._slopes.forget()
+
     def _show_gradients(
         self, observer: Observer, optimizer: torch.optim.Optimizer, scale: float
     ) -> None:
         """Shows importances in place of gradients."""
         self._heard = True
+        if self._slopes is not None and isinstance(observer, GuidedUnits):
+            for group, worth in self._slopes.take().items():
+                if bool(worth.any()):  # else another optimizer of the step has had it
+                    observer.see(group, worth)
+            return
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         by_name = {t.name: t for t in self._members.ranked}
         for name, row in self._rows.items():
@@ -321,6 +341,19 @@ class LoRAPruning(StructuredCallback):
 
     # The end ------------------------------------------------------------------------------------
 
+    def _finish(self) -> None:
+        super()._finish()
+        self._close()
+
+    def _release(self) -> None:
+        super()._release()
+        self._close()
+
+    def _close(self) -> None:
+        if self._slopes is not None:
+            self._slopes.close()
+        self._slopes = None
+
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Merges the adapters, and cuts out what is empty, where that was asked for."""
         there = self._removed is None and bool(self._rows) and not self.compact
@@ -353,7 +386,7 @@ class LoRAPruning(StructuredCallback):
 
     def _asked(self) -> dict[str, str]:
         found = super()._asked() | {
-            "beta": str(self.beta),
+            "scores": f"{self.scores}, {self.beta}",
             "spare_first": str(self.spare_first),
             "spare_last": str(self.spare_last),
         }

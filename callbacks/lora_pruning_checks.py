@@ -13,9 +13,17 @@ KINDS = ("heads", "query_heads", "ffn")
 
 
 def check_arguments(
-    units: list[str] | None, allocation: object, merge: bool, compact: bool | None
+    units: list[str] | None, scores: object, allocation: object, merge: bool, compact: bool | None
 ) -> None:
     """Refuses arguments that do not fit each other."""
+    if scores not in ("adapters", "activations") or (units is None and scores != "adapters"):
+        raise refusal(
+            "Single weights are scored by what adapters tell, units by that or by activations",
+            where="LoRAPruning(scores=..., units=...)",
+            got=f"{scores!r}, {units}",
+            allowed="'adapters', or with units 'activations'",
+            fix="leave scores out",
+        )
     if units is not None and (not units or any(unit not in KINDS for unit in units)):
         raise refusal(
             "Adapters tell of some kinds of units",

@@ -12,7 +12,7 @@ from lightning_prune.flags import count_true
 from lightning_prune.gates.hybrid_sparsification import HybridModules
 from lightning_prune.lora import lora_layers
 
-__all__ = ["check_map_numbers", "check_maps", "hidden_layers"]
+__all__ = ["check_dense", "check_map_numbers", "check_shown", "hidden_layers"]
 
 _CHANCE = 0.01  # the share of zeros up to which they are there by chance, as in GGUF files
 
@@ -40,17 +40,21 @@ def check_map_numbers(
         )
 
 
-def check_maps(callback: str, module: nn.Module, maps: HybridModules) -> None:
-    """Refuses a network that hides its layers, or whose zeros a fold would fill.
+def check_shown(callback: str, module: nn.Module) -> None:
+    """Refuses a module that hides its layers."""
+    for path, part in module.named_modules():
+        if getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod"):
+            raise hidden_layers(callback, path or type(module).__name__, "torch.compile")
+
+
+def check_dense(callback: str, module: nn.Module, maps: HybridModules) -> None:
+    """Refuses a network whose zeros a fold would fill.
 
     Args:
         callback: Its name.
         module: What is trained.
         maps: Made for the network in it.
     """
-    for path, part in module.named_modules():
-        if getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod"):
-            raise hidden_layers(callback, path or type(module).__name__, "torch.compile")
     rows = lora_layers(module) if adapted_layers(module) else ()
     masked = next((row.weight_name for row in rows if row.mask is not None), None)
     if masked is not None:

@@ -16,8 +16,9 @@ from lightning_prune.callbacks.checks import too_early
 from lightning_prune.callbacks.gate_checks import check_locations, check_trainer_of_gates
 from lightning_prune.callbacks.observing import will_skip
 from lightning_prune.callbacks.pruning_aware_checks import (
+    check_dense,
     check_map_numbers,
-    check_maps,
+    check_shown,
     hidden_layers,
 )
 from lightning_prune.callbacks.settings import Settings
@@ -166,8 +167,10 @@ class PruningAwareTuning(StructuredCallback):
         check_trainer_of_gates(self.name, averages_weights(trainer), self._targets, self.sparsity)
         self._module = pl_module
         if self._removed is None and not self.finished and self.sparsity > 0:
-            # made in vain: it refuses networks that it cannot stand in
-            check_maps(self.name, pl_module, self._made())
+            check_shown(self.name, pl_module)
+            maps = self._made()  # in vain: it refuses networks that it cannot stand in
+            if self._stash is None:  # a state may have emptied channels already
+                check_dense(self.name, pl_module, maps)
 
     def _laid_out(self) -> Layout:
         if self._layout is None:

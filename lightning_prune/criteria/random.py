@@ -12,7 +12,7 @@ from lightning_prune.distributed import local_part
 from lightning_prune.errors import refusal
 from lightning_prune.targets import Target
 
-__all__ = ["Random"]
+__all__ = ["Random", "uniform"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,22 @@ class Random:
 
     def score(self, target: Target) -> Tensor:
         """Uniform draws, float32 (float64 for float64 weights), of the weight's local shape."""
-        weight = target.local
-        draw = zlib.crc32(f"{self.seed}:{target.name}".encode())  # the generator uses 32 bits
-        generator = torch.Generator().manual_seed(draw)
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        whole = torch.rand(target.shape, generator=generator, dtype=dtype)
-        return local_part(target.parameter, whole).to(weight.device).masked_fill_(weight == 0, -1.0)
+        drawn = uniform(target, f"{self.seed}:{target.name}")
+        return drawn.masked_fill_(target.local == 0, -1.0)
+
+
+def uniform(target: Target, key: str) -> Tensor:
+    """Draws in [0, 1) that follow from a key alone: the same on every rank and after a resume.
+
+    Args:
+        target: The weight whose local shape, device and precision they have.
+        key: Any text.
+
+    Returns:
+        float32 (float64 for float64 weights).
+    """
+    weight = target.local
+    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))  # it uses 32 bits
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    whole = torch.rand(target.shape, generator=generator, dtype=dtype)
+    return local_part(target.parameter, whole).to(weight.device)

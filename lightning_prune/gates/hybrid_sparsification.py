@@ -164,7 +164,9 @@ class HybridModules(nn.Module):
         if (gates := self.gates()) is None:
             return None
         self.heard = True
-        moved: Tensor = F.linear(F.linear(x, self.down[number].to(x)), self.up[number].to(x))
+        # not in half precision where x is not: gradients there may be beyond its range
+        with torch.autocast(x.device.type, enabled=False):
+            moved: Tensor = F.linear(F.linear(x, self.down[number].to(x)), self.up[number].to(x))
         y: Tensor = (x + moved) * (gates * self.scale[number]).to(x)
         return y
 

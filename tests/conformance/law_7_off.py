@@ -24,8 +24,10 @@ def run(model: Any, *callbacks: Any, **settings: Any) -> tuple[list[Any], list[A
     """The weights after every batch, and at the end: moments, and the state of global chance."""
     with torch.no_grad():
         for parameter in model.parameters():  # the two zeros must stay apart
-            parameter.view(-1)[::7] = -0.0
-            parameter.view(-1)[1::7] = 0.0
+            # more in a matrix would be what another pruning left, which maps and merges refuse
+            every = 7 if parameter.dim() == 1 else parameter.numel()
+            parameter.view(-1)[::every] = -0.0
+            parameter.view(-1)[1::every] = 0.0
     torch.manual_seed(5)
     watch = Watch(trail=True)
     trainer = train(model, *callbacks, watch, **settings)

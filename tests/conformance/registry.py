@@ -17,7 +17,7 @@ from lightning_prune import callbacks
 from tests.conformance.lora_toy import LoRAToy, LoRAUnits
 from tests.conformance.sparse_toy import SparseToy
 from tests.conformance.toy import Toy
-from tests.conformance.variants import AT_ONCE, CHANNELS, DECIDED, VARIANTS
+from tests.conformance.variants import AT_ONCE, CHANNELS, DECIDED, MOVING, VARIANTS
 
 __all__ = ["CHECKS", "CUT", "LAWS", "UNITS", "Case", "Check", "cases", "check"]
 
@@ -163,6 +163,7 @@ ROWS: dict[str, Callable[[type[L.Callback]], Case]] = {
     "DynamicBatchLoading": lambda kind: Case(
         kind=kind, defaults={"reference_losses": {"web": 2.0, "code": 1.0}}
     ),
+    "DynamicSparseTraining": lambda kind: Case(kind=kind, **MOVING),
     "LoRAPruning": lambda kind: Case(
         kind=kind,
         defaults={

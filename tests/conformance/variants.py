@@ -7,7 +7,7 @@ from typing import Any
 from tests.conformance.lora_toy import LoRAToy, LoRAUnits
 from tests.conformance.units import Units
 
-__all__ = ["AT_ONCE", "DECIDED", "VARIANTS"]
+__all__ = ["AT_ONCE", "CHANNELS", "DECIDED", "MOVING", "VARIANTS"]
 
 _SPLIT = "Units over several weights are not put together from shards: refused"
 _CUT = "After the cut no mask is left to look at: see units that are not cut, and"
@@ -102,10 +102,41 @@ CHANNELS: dict[str, Any] = {
     "tests/trainer/test_pruning_aware_tuning.py",
 }
 
+# Of masks whose zeros move; `static` is looked at where these say why not.
+_GROWN = "Grown weights start at zero: see the static variant, whose mask stays"
+MOVING: dict[str, Any] = {
+    "laws": {"2-zeros_go_first": _GROWN, "9-alone_or_together": _GROWN},
+}
+
 # By the class's name.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "AllInOnePruning": [DECIDED | {"variant": "without adapters", "model": Units}],
     "OneShotPruning": [AT_ONCE | {"variant": "without adapters", "model": Units}],
+    "DynamicSparseTraining": [
+        MOVING
+        | {
+            "variant": "gradient",
+            "defaults": {
+                "sparsity": 0.5,
+                "start": 2,
+                "end": 8,
+                "every": 2,
+                "grow": "gradient",
+            },
+        },
+        {
+            "variant": "static",
+            "defaults": {"sparsity": 0.5, "start": 2, "drop_fraction": 0.0},
+            "only": (
+                "2-zeros_go_first",
+                "3-optimizers",
+                "4-every_step",
+                "7-sparsity_zero",
+                "9-alone_or_together",
+            ),
+            "why": "The mask is drawn once, as in the first update of DynamicSparseTraining",
+        },
+    ],
     "GradualMagnitudePruning": [
         _units(
             "units",

@@ -28,7 +28,7 @@ ROOMS = [
         "patterns",
         "targets",
     ],
-    ["masks", "observers", "policy", "usage", "followers"],
+    ["masks", "observers", "policy", "regrowth", "usage", "followers"],
     ["apply", "gates", "anatomy"],
     [
         "remembered",
