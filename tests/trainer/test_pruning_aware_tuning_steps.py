@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from tests import oracle_hybrid as oracle
 from tests.adapted import Module
 from tests.conformance.toy import train
 from tests.conformance.watch import copied, same_bits
+from tests.trainer.scaled import ScaledOnly
 
 RATE, START, END, WANTED, IDENTITY = 0.1, 1, 8, 12, 2.0
 
@@ -69,7 +69,7 @@ class Trail(L.Callback):
             self.first, self.paths = self.learned(), maps._paths
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        self.steps.append(trainer.global_step)
+        self.steps.append(self.callback.step)  # the Trainer counts skipped ones, too
         self.maps.append(self.learned())
         named = {n: p.detach() for n, p in pl_module.net.named_parameters() if "lora_" in n}
         self.adapters.append(copied(named))
@@ -159,13 +159,6 @@ def written_out(
     return found
 
 
-class ScaledOnly(MixedPrecision):
-    """A gradient scaler around a run in float32, so that it can be compared closely."""
-
-    def forward_context(self) -> Any:
-        return contextlib.nullcontext()
-
-
 def scaler(every: int = 10_000) -> torch.amp.GradScaler:
     return torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=every)
 
@@ -186,7 +179,7 @@ def compare(trail: Trail, groups: list[list[int]], expected: Any) -> None:
     assert len(expected) == END
     for step, (maps, adapters) in enumerate(expected[:-1]):
         last = groups[step][-1]
-        assert trail.steps[last] >= step + 1
+        assert trail.steps[last] == step + 1
         if step >= START - 1 and trail.maps[last]:
             assert maps.keys() == trail.maps[last].keys()
             for name, value in maps.items():
@@ -253,9 +246,9 @@ def test_a_step_that_is_skipped_teaches_nothing(many):
     trail, _ = run(
         Tuned(overflow_at=(4,)), scaled=scaler(), accumulate_grad_batches=many, max_epochs=4
     )
-    before = 5 - 2 if many == 1 else 5 - 2  # batch 4 ends an epoch, and is a group of its own
-    assert same_bits(trail.maps[4], trail.maps[before])
-    assert same_bits(trail.adapters[4], trail.adapters[before])
+    # batch 4 ends an epoch, and is a group of its own
+    assert same_bits(trail.maps[4], trail.maps[3])
+    assert same_bits(trail.adapters[4], trail.adapters[3])
     assert not same_bits(trail.maps[3], trail.maps[1])
 
 
@@ -277,7 +270,7 @@ def test_no_lesson_is_lost_to_half_precision(scale):
     train(Tuned(), callback, trail, plugins=[MixedPrecision("16-mixed", "cpu", whole)])
     made = [n for n in range(1, 10) if trail.steps[n] > trail.steps[n - 1]]
     known = [n for n in range(1, 10) if trail.maps[n] and trail.maps[n - 1]]
-    assert len(known) > 5
+    assert len(set(made) & set(known)) > 2
     for number in set(made) & set(known):
         assert not same_bits(trail.maps[number], trail.maps[number - 1]), number
 
