@@ -385,11 +385,8 @@ class LoRAPruning(StructuredCallback):
     # State --------------------------------------------------------------------------------------
 
     def _asked(self) -> dict[str, str]:
-        found = super()._asked() | {
-            "scores": f"{self.scores}, {self.beta}",
-            "spare_first": str(self.spare_first),
-            "spare_last": str(self.spare_last),
-        }
+        told = ("scores", "beta", "spare_first", "spare_last")
+        found = super()._asked() | {name: str(getattr(self, name)) for name in told}
         del found["criterion"]  # no argument here
         if self.units is not None:
             found["allocation"] = "uniform" if self.equal_shares else "global"

@@ -133,9 +133,9 @@ class Steps:
         self.made: list[int] = []
         learn = Decisions.learn
 
-        def noted(decisions: Decisions, step: int, slopes: Any) -> None:
+        def noted(decisions: Decisions, step: int, slopes: Any, kept: float) -> None:
             self.made.append(step)
-            learn(decisions, step, slopes)
+            learn(decisions, step, slopes, kept)
 
         monkeypatch.setattr(Decisions, "learn", noted)
 
@@ -259,9 +259,9 @@ def test_a_loss_that_is_scaled_teaches_the_same(monkeypatch):
     found: list[list[Any]] = []
     learn = Decisions.learn
 
-    def noted(decisions: Decisions, step: int, slopes: Any) -> None:
+    def noted(decisions: Decisions, step: int, slopes: Any, kept: float) -> None:
         found[-1].append(copied(slopes))
-        learn(decisions, step, slopes)
+        learn(decisions, step, slopes, kept)
 
     monkeypatch.setattr(Decisions, "learn", noted)
     for scale in (1.0, 2.0**10):

@@ -44,7 +44,8 @@ def left(value, dims):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
 def test_moments_are_cut_and_the_next_step_is_that_of_the_masked_model(family, name):
-    model = families.network(family, 3)
+    # double: the gradient of a key's bias is zero but for rounding, of which Adam makes whole steps
+    model = families.network(family, 3).double()
     given = families.batch(model)
     optimizer = OPTIMIZERS[name](model.parameters())
     for _ in range(3):
