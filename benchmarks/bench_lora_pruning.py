@@ -122,7 +122,7 @@ class Ours(Plain):
         self.optimizer.step()
         self.optimizer.zero_grad()
         if isinstance(self.callback, PruningAwareTuning):  # moves its gates on
-            self.callback.on_train_batch_start(trainer, self.module, None, 0)
+            self.callback._begin_if_due()
         self.callback._update_if_due()
         self.callback._levels()  # what is logged
 
