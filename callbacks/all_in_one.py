@@ -10,10 +10,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_prune.allocation import as_allocation
 from lightning_prune.anatomy.networks import network_in
 from lightning_prune.callbacks.averages import averages_weights
-from lightning_prune.callbacks.checks import too_early
 from lightning_prune.callbacks.decision_batches import Batches, decision_loss, loss_scale_of
 from lightning_prune.callbacks.decision_settings import (
     DecisionSettings,
@@ -22,9 +20,8 @@ from lightning_prune.callbacks.decision_settings import (
 )
 from lightning_prune.callbacks.gate_checks import check_locations, check_trainer_of_gates
 from lightning_prune.callbacks.observing import loss_scale
+from lightning_prune.callbacks.phased import PhasedCallback
 from lightning_prune.callbacks.settings import Budget, Settings
-from lightning_prune.callbacks.structured import StructuredCallback
-from lightning_prune.criteria.locations import Locations
 from lightning_prune.distributed import mean_over_ranks
 from lightning_prune.gate_budgets import ExpectedSize
 from lightning_prune.gates.activation_gates import ActivationGates
@@ -33,9 +30,7 @@ from lightning_prune.lora.unit_norms import UnitNorms, strength
 from lightning_prune.patterns import as_pattern
 from lightning_prune.removal import RemovalPlan, remove
 from lightning_prune.schedules import as_schedule
-from lightning_prune.targets import Selection, Target, as_globs
-from lightning_prune.timeline import Timeline
-from lightning_prune.unit_layout import Layout
+from lightning_prune.targets import Target, as_globs
 from lightning_prune.unit_policy import UnitPolicy
 
 __all__ = ["AllInOnePruning"]
@@ -43,7 +38,7 @@ __all__ = ["AllInOnePruning"]
 _AVERAGES = "Averages over steps with other decisions stand for no network: refused"
 
 
-class AllInOnePruning(StructuredCallback):
+class AllInOnePruning(PhasedCallback):
     """Decides which units go while the network is tuned, so that decisions follow the weights.
 
     In the control phase, from ``start`` to ``end``, a small generator gives every unit a soft gate;
@@ -155,7 +150,6 @@ class AllInOnePruning(StructuredCallback):
             frozen="adapters",
         )
         self.residual: dict[str, Tensor] = {}
-        self._window = (0, 0)  # the steps at which decisions begin, and are final
         self._module: Any = None  # of a fit
         self._held_out: Batches | None = None
         self._decisions: Decisions | None = None
@@ -165,43 +159,14 @@ class AllInOnePruning(StructuredCallback):
         self._share = 1.0  # of the budget that it leaves
         self._size: ExpectedSize | None = None
         self._shrunk = -1  # the step after which adapters were pulled last
-        super().__init__(
-            settings,
-            Locations(),
-            as_allocation("global"),
-            units=asked,
-            multiple_of=multiple_of,
-            uniform=uniform,
-            compact=compact,
-        )
+        super().__init__(settings, asked, multiple_of=multiple_of, uniform=uniform, compact=compact)
 
     @property
     def decisions(self) -> dict[str, Tensor]:
         """Which units stay as decided now, by group, True = kept; empty outside of the phase."""
         return {name: kept.clone() for name, kept in self._kept_now.items()}
 
-    # When ---------------------------------------------------------------------------------------
-
-    def timeline(
-        self, selection: Selection, total_steps: int | None, *, squeeze: bool = False
-    ) -> Timeline:
-        """One update, at the end of the control phase."""
-        plain = super().timeline(selection, total_steps, squeeze=squeeze)
-        if not plain.updates:
-            return plain
-        if self._timeline is None:  # a plan that is made later moves nothing
-            self._window = (plain.updates[0], plain.last)
-        return Timeline(updates=(plain.last,), values=(plain.final,), initial=plain.initial)
-
-    @property
-    def progress(self) -> float:
-        """Share of the control phase that is behind, in [0, 1]."""
-        first, last = self._window
-        if self._timeline is None or not self._timeline.updates:
-            return 0.0
-        if self.finished:
-            return 1.0
-        return min(1.0, max(0.0, (self.step - first) / max(1, last - first)))
+    # How far --------------------------------------------------------------------------------------
 
     @property
     def _due(self) -> float:
@@ -226,11 +191,6 @@ class AllInOnePruning(StructuredCallback):
             network = network_in(pl_module)[1]
             ActivationGates(network, layout.anatomy, layout.groups).close()  # refuses what has none
         self._module = pl_module
-
-    def _laid_out(self) -> Layout:
-        if self._layout is None:
-            raise too_early(self.name, "on_fit_start")
-        return self._layout
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lays the control phase onto the run."""
@@ -381,15 +341,14 @@ class AllInOnePruning(StructuredCallback):
         """The masks' state, and the generator's while it is at work."""
         state = super().state_dict()
         if state and self._timeline is not None:
-            state |= {"window": list(self._window), "residual": dict(self.residual)}
+            state["residual"] = dict(self.residual)
             if self._decisions is not None:
                 state["decisions"] = self._decisions.state_dict()
         return state
 
     def _restore(self, state: dict[str, Any]) -> None:
         super()._restore(state)
-        first, last = state["window"]
-        self._window, self.residual = (first, last), dict(state["residual"])
+        self.residual = dict(state["residual"])
         self._shrunk = self.step
         self._forget()
         if "decisions" in state:

@@ -9,12 +9,11 @@ from typing import Any, ClassVar
 import lightning as L
 import torch
 
-from lightning_prune.allocation import as_allocation
 from lightning_prune.anatomy.networks import network_in
 from lightning_prune.callbacks.averages import averages_weights
-from lightning_prune.callbacks.checks import too_early
 from lightning_prune.callbacks.gate_checks import check_locations, check_trainer_of_gates
 from lightning_prune.callbacks.observing import will_skip
+from lightning_prune.callbacks.phased import PhasedCallback
 from lightning_prune.callbacks.pruning_aware_checks import (
     check_dense,
     check_map_numbers,
@@ -22,15 +21,11 @@ from lightning_prune.callbacks.pruning_aware_checks import (
     hidden_layers,
 )
 from lightning_prune.callbacks.settings import Settings
-from lightning_prune.callbacks.structured import StructuredCallback
-from lightning_prune.criteria.locations import Locations
 from lightning_prune.distributed import mean_over_ranks
 from lightning_prune.gates.hybrid_sparsification import HybridModules
 from lightning_prune.patterns import as_pattern
 from lightning_prune.schedules import as_schedule
-from lightning_prune.targets import Selection, Target, as_globs
-from lightning_prune.timeline import Timeline
-from lightning_prune.unit_layout import Layout
+from lightning_prune.targets import Target, as_globs
 from lightning_prune.unit_policy import UnitPolicy
 
 __all__ = ["PruningAwareTuning"]
@@ -38,7 +33,7 @@ __all__ = ["PruningAwareTuning"]
 _TRAVEL = 2.0  # how far an entry of the mask can move until it is final
 
 
-class PruningAwareTuning(StructuredCallback):
+class PruningAwareTuning(PhasedCallback):
     """Prunes channels of the residual stream, the same ones everywhere, while the network is tuned.
 
     From ``start`` to ``end`` every layer that writes to the stream is followed by a low-rank map
@@ -97,7 +92,6 @@ class PruningAwareTuning(StructuredCallback):
         )
         self.rank, self.identity, self.seed = rank, identity, seed
         self.learning_rate, self.mask_lr = learning_rate, mask_lr
-        self._window = (0, 0)
         self._module: Any = None  # of a fit
         self._maps: HybridModules | None = None
         self._optimizer: torch.optim.Optimizer | None = None
@@ -120,37 +114,7 @@ class PruningAwareTuning(StructuredCallback):
             total_steps=total_steps,
             frozen="adapters",
         )
-        super().__init__(
-            settings,
-            Locations(),
-            as_allocation("global"),
-            units=["hidden"],
-            multiple_of=multiple_of,
-            compact=True,
-        )
-
-    # When ---------------------------------------------------------------------------------------
-
-    def timeline(
-        self, selection: Selection, total_steps: int | None, *, squeeze: bool = False
-    ) -> Timeline:
-        """One update, when the maps are folded."""
-        plain = super().timeline(selection, total_steps, squeeze=squeeze)
-        if not plain.updates:
-            return plain
-        if self._timeline is None:  # a plan that is made later moves nothing
-            self._window = (plain.updates[0], plain.last)
-        return Timeline(updates=(plain.last,), values=(plain.final,), initial=plain.initial)
-
-    @property
-    def progress(self) -> float:
-        """Share of the time until the mask is final, in [0, 1]."""
-        first, last = self._window
-        if self._timeline is None or not self._timeline.updates:
-            return 0.0
-        if self.finished:
-            return 1.0
-        return min(1.0, max(0.0, (self.step - first) / max(1, last - first)))
+        super().__init__(settings, ["hidden"], multiple_of=multiple_of)
 
     def _levels(self) -> dict[str, float]:
         if self._maps is None:
@@ -173,11 +137,6 @@ class PruningAwareTuning(StructuredCallback):
             maps = self._made()  # in vain: it refuses networks that it cannot stand in
             if self._stash is None:  # a state may have emptied channels already
                 check_dense(self.name, pl_module, maps)
-
-    def _laid_out(self) -> Layout:
-        if self._layout is None:
-            raise too_early(self.name, "on_fit_start")
-        return self._layout
 
     def _made(self) -> HybridModules:
         network = network_in(self._module)[1]
@@ -312,7 +271,6 @@ class PruningAwareTuning(StructuredCallback):
         """The masks' state, and that of the maps while they are there."""
         state = super().state_dict()
         if state and self._timeline is not None:
-            state["window"] = list(self._window)
             state |= self._taught()
         return state
 
@@ -338,8 +296,6 @@ class PruningAwareTuning(StructuredCallback):
 
     def _restore(self, state: dict[str, Any]) -> None:
         super()._restore(state)
-        first, last = state["window"]
-        self._window = (first, last)
         self._take_up(state)
 
     def _asked(self) -> dict[str, str]:
