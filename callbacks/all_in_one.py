@@ -12,14 +12,14 @@ from torch import Tensor
 
 from lightning_prune.anatomy.networks import network_in
 from lightning_prune.callbacks.averages import averages_weights
-from lightning_prune.callbacks.decision_batches import Batches, decision_loss, loss_scale_of
+from lightning_prune.callbacks.decision_batches import Batches, decision_loss
 from lightning_prune.callbacks.decision_settings import (
     DecisionSettings,
     check_kinds,
     check_not_compiled,
 )
 from lightning_prune.callbacks.gate_checks import check_locations, check_trainer_of_gates
-from lightning_prune.callbacks.observing import loss_scale
+from lightning_prune.callbacks.observing import loss_scale, loss_scale_of
 from lightning_prune.callbacks.phased import PhasedCallback
 from lightning_prune.callbacks.settings import Budget, Settings
 from lightning_prune.distributed import mean_over_ranks

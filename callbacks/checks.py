@@ -26,11 +26,20 @@ __all__ = [
     "check_same_weights",
     "check_strategy",
     "check_trainer",
+    "compiled_in",
     "too_early",
     "warn_of_dense_checkpoint",
     "warn_of_early_end",
     "warn_of_other_weights",
 ]
+
+
+def compiled_in(module: torch.nn.Module) -> str | None:
+    """Where a module hides its layers from hooks by ``torch.compile``; None if nowhere."""
+    for path, part in module.named_modules():
+        if getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod"):
+            return path or type(module).__name__
+    return None
 
 
 def check_fraction(value: float, argument: str) -> None:

@@ -15,10 +15,11 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_prune.callbacks.observing import loss_scale_of
 from lightning_prune.distributed import mean_over_ranks
 from lightning_prune.errors import refusal
 
-__all__ = ["Batches", "Source", "check_source", "decision_loss", "loss_scale_of", "mean_gradients"]
+__all__ = ["Batches", "Source", "check_source", "decision_loss", "mean_gradients"]
 
 Source = Literal["validation", "train"]
 
@@ -186,12 +187,6 @@ def mean_gradients(
         for name, weight in weights.items():
             weight.requires_grad_(learned[name])
     return mean_over_ranks({name: total / (scale * many) for name, total in found.items()})
-
-
-def loss_scale_of(trainer: L.Trainer) -> float:
-    """What a gradient scaler would multiply a loss by, so that half precision holds slopes."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return 1.0 if scaler is None else float(scaler.get_scale())
 
 
 def decision_loss(trainer: L.Trainer, module: L.LightningModule, batch: Any, number: int) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Literal
 from torch import nn
 
 from lightning_prune.anatomy import STREAM_SLICES
+from lightning_prune.callbacks.checks import compiled_in
 from lightning_prune.callbacks.decision_batches import Source, check_source
 from lightning_prune.errors import refusal
 from lightning_prune.gates.decisions import Deciding
@@ -130,15 +131,14 @@ def check_kinds(callback: str, units: Sequence[str], compact: bool, merge: bool)
 
 def check_not_compiled(callback: str, module: nn.Module) -> None:
     """Refuses a network whose layers hooks do not see."""
-    for path, part in module.named_modules():
-        if getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod"):
-            raise refusal(
-                "Decisions multiply activations, which a compiled network hides",
-                where=f"{callback}, {path or type(module).__name__}",
-                got="torch.compile",
-                allowed="a network that is not compiled",
-                fix="compile the smaller network afterwards",
-            )
+    if (place := compiled_in(module)) is not None:
+        raise refusal(
+            "Units are seen and shut by their activations, which a compiled network hides",
+            where=f"{callback}, {place}",
+            got="torch.compile",
+            allowed="a network that is not compiled",
+            fix="compile the smaller network afterwards",
+        )
 
 
 def _number(value: object) -> bool:

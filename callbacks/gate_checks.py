@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.callbacks.checks import compiled_in
 from lightning_prune.errors import refusal
 from lightning_prune.targets import Target
 
@@ -100,15 +101,14 @@ def check_frozen(
             allowed="weights that require gradients; of transformers models, units",
             fix="leave requires_grad on, or write units=['heads', 'ffn']",
         )
-    for path, part in module.named_modules():
-        if getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod"):
-            raise refusal(
-                "Gates on frozen weights learn from activations, which a compiled network hides",
-                where=f"{callback}, {path or type(module).__name__}",
-                got=f"torch.compile, and {frozen[0]} is frozen",
-                allowed="a network that is not compiled",
-                fix="compile the smaller network afterwards",
-            )
+    if (place := compiled_in(module)) is not None:
+        raise refusal(
+            "Gates on frozen weights learn from activations, which a compiled network hides",
+            where=f"{callback}, {place}",
+            got=f"torch.compile, and {frozen[0]} is frozen",
+            allowed="a network that is not compiled",
+            fix="compile the smaller network afterwards",
+        )
 
 
 def check_locations(callback: str, locations: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.callbacks.observing import loss_scale, will_skip
+from lightning_prune.callbacks.observing import loss_scale, loss_scale_of, will_skip
 from lightning_prune.errors import refusal
 from lightning_prune.gates.activation_slopes import ActivationSlopes
 from lightning_prune.gates.budget import Budget
@@ -62,9 +62,8 @@ class GatedSteps:
                     self.gated.observe(target.name, target.parameter.grad, scale)
                 self.gated.open(target.name)
                 self._opened.add(target.name)
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
         # a loss that was scaled has scaled what activations say, whoever unscales the gradients
-        self.gated.add_products(self._slopes.take(1.0 if scaler is None else scaler.get_scale()))
+        self.gated.add_products(self._slopes.take(loss_scale_of(trainer)))
         self._taken = True
 
     def _check_heard(self, optimizer: torch.optim.Optimizer) -> None:

@@ -12,6 +12,7 @@ import torch
 from lightning_prune import lora
 from lightning_prune.allocation import Allocation, as_allocation
 from lightning_prune.callbacks.adapter_removal import check_adapters, merge_adapters, remove_units
+from lightning_prune.callbacks.decision_settings import check_not_compiled
 from lightning_prune.callbacks.guided_scores import GuidedUnits, GuidedWeights
 from lightning_prune.callbacks.guided_slopes import GuidedSlopes
 from lightning_prune.callbacks.lora_pruning_checks import (
@@ -252,6 +253,7 @@ class LoRAPruning(StructuredCallback):
         learning = self._learning(pl_module) if names else []
         self._rows = {r.weight_name: r for r in learning if r.weight_name in names}
         if self.scores == "activations" and self._layout is not None and not self.finished:
+            check_not_compiled(self.name, pl_module)
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             self._slopes = GuidedSlopes(pl_module, self._layout, self._targets, scaler)
 

@@ -17,7 +17,7 @@ from lightning_prune.distributed import gather_whole, local_part
 from lightning_prune.errors import refusal
 from lightning_prune.targets import Target
 
-__all__ = ["ObservingCallback", "loss_scale"]
+__all__ = ["ObservingCallback", "loss_scale", "loss_scale_of", "will_skip"]
 
 
 def loss_scale(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> float:
@@ -29,6 +29,12 @@ def loss_scale(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> float:
     if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
         return 1.0
     return float(scaler.get_scale())
+
+
+def loss_scale_of(trainer: L.Trainer) -> float:
+    """What a gradient scaler would multiply a loss by, so that half precision holds slopes."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())
 
 
 def will_skip(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> bool:

@@ -7,6 +7,7 @@ import math
 from torch import nn
 
 from lightning_prune.anatomy.adapted import adapted_layers
+from lightning_prune.callbacks.checks import compiled_in
 from lightning_prune.errors import PruneError, refusal
 from lightning_prune.flags import count_true
 from lightning_prune.gates.hybrid_sparsification import HybridModules
@@ -42,9 +43,8 @@ def check_map_numbers(
 
 def check_shown(callback: str, module: nn.Module) -> None:
     """Refuses a module that hides its layers."""
-    for path, part in module.named_modules():
-        if getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod"):
-            raise hidden_layers(callback, path or type(module).__name__, "torch.compile")
+    if (place := compiled_in(module)) is not None:
+        raise hidden_layers(callback, place, "torch.compile")
 
 
 def check_dense(callback: str, module: nn.Module, maps: HybridModules) -> None:

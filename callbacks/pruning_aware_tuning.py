@@ -12,7 +12,7 @@ import torch
 from lightning_prune.anatomy.networks import network_in
 from lightning_prune.callbacks.averages import averages_weights
 from lightning_prune.callbacks.gate_checks import check_locations, check_trainer_of_gates
-from lightning_prune.callbacks.observing import will_skip
+from lightning_prune.callbacks.observing import loss_scale_of, will_skip
 from lightning_prune.callbacks.phased import PhasedCallback
 from lightning_prune.callbacks.pruning_aware_checks import (
     check_dense,
@@ -198,8 +198,7 @@ class PruningAwareTuning(PhasedCallback):
     ) -> None:
         """Notes what the loss was scaled by; steps that are left out teach nothing."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        self._scale = 1.0 if scaler is None else float(scaler.get_scale())
+        self._scale = loss_scale_of(trainer)
         if self._maps is not None and will_skip(trainer, optimizer):
             self._maps.zero_grad()
 

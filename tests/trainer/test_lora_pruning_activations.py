@@ -149,3 +149,10 @@ def test_what_it_cannot_be_asked_for_is_refused():
             LoRAPruning(0.5, **wrong)
     with refused(got="no LoRA layer"):
         train(Toy(), LoRAPruning(0.5, scores="activations"))
+
+
+def test_a_compiled_network_is_refused_before_the_first_batch():
+    module = Module()
+    module.net.compile(backend="eager")
+    with refused(where="LoRAPruning", got="torch.compile", fix="afterwards"):
+        train(module, by_activations())
