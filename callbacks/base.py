@@ -17,14 +17,10 @@ from lightning_prune.apply import mask_, mask_moments_
 from lightning_prune.callbacks import checks
 from lightning_prune.callbacks.averages import averages_weights, project_checkpoint, swaps_weights
 from lightning_prune.callbacks.costs import known_costs, shared_costs
+from lightning_prune.callbacks.parameter_average import ParameterAverage
 from lightning_prune.callbacks.run_length import run_length
 from lightning_prune.callbacks.settings import Settings
-from lightning_prune.callbacks.state import (
-    asked,
-    check_checkpoint,
-    pack_state,
-    unpack_state,
-)
+from lightning_prune.callbacks.state import asked, check_checkpoint, pack_state, unpack_state
 from lightning_prune.callbacks.steps import StepCounter
 from lightning_prune.criteria import Criterion
 from lightning_prune.distributed import Shards, agree, shards_of
@@ -46,6 +42,7 @@ class MaskCallback(L.Callback):
     Attributes:
         covers: What the masks cover: the weights themselves.
         hard_from: From when a pruned entry is exactly zero: from the update that pruned it.
+        average: How many parameters the run has had on average, as far as masks say.
     """
 
     covers = "weight"
@@ -67,6 +64,7 @@ class MaskCallback(L.Callback):
         self._counter = StepCounter()
         self._updated = -1  # the step of the last update made
         self._actual = 0.0
+        self.average = ParameterAverage()
         self._uses: UseCounter | None = None
         self._stash: dict[str, Any] | None = None
         self._epochs: int | None = None  # of the Trainer, before other callbacks change it
@@ -98,10 +96,11 @@ class MaskCallback(L.Callback):
         self, selection: Selection, total_steps: int | None, *, squeeze: bool = False
     ) -> Timeline:
         """The schedule on a run of so many optimizer steps; None for an unknown number."""
+        return self.settings.lay_out(self._begun(selection), total_steps, squeeze)
+
+    def _begun(self, selection: Selection) -> float:
         initial = self.settings.initial_sparsity
-        if initial == "from_model":
-            initial = self.settings.begun(selection, self._shards)
-        return self.settings.lay_out(initial, total_steps, squeeze)
+        return self.settings.begun(selection, self._shards) if initial == "from_model" else initial
 
     @property
     def _targets(self) -> tuple[Target, ...]:
@@ -200,6 +199,8 @@ class MaskCallback(L.Callback):
             self._uses.open()
         self._project()
         self._actual = pruned_fraction(masks, self._members.selected, self._shards)
+        if not self.average.total:
+            self.average.begin(pl_module, self._members.selected, self.step)
 
     # Training -----------------------------------------------------------------------------------
 
@@ -253,6 +254,7 @@ class MaskCallback(L.Callback):
     ) -> None:
         """Updates the masks when the optimizer's steps have reached the next update, and logs."""
         self._stop_counting(pl_module)
+        self.average.count(self.step, 1 - self._actual)
         self._update_if_due()
         if not trainer.barebones:
             for name, value in self._levels().items():
@@ -359,7 +361,7 @@ class MaskCallback(L.Callback):
             costs=self.policy.costs,
             masks=self._masks,
             targets=self._targets,
-        )
+        ) | {"average": self.average.state_dict()}
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -383,6 +385,7 @@ class MaskCallback(L.Callback):
         self._counter.start_at(restored.counts)
         self._updated, self._offset = restored.updated, restored.offset
         self._timeline = restored.schedule
+        self.average = ParameterAverage(**state["average"])
         if self.settings.budget == "macs":
             self.policy = self.policy.with_costs(restored.costs)
 
@@ -390,11 +393,7 @@ class MaskCallback(L.Callback):
         return asked(self.settings, self.policy)
 
     def _ready(self) -> MaskSet:
-        if self._masks is None:
-            raise checks.too_early(self.name, "on_fit_start")
-        return self._masks
+        return checks.ready(self._masks, self.name, "on_fit_start")
 
     def _resolved(self) -> Timeline:
-        if self._timeline is None:
-            raise checks.too_early(self.name, "on_train_start")
-        return self._timeline
+        return checks.ready(self._timeline, self.name, "on_train_start")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
@@ -27,11 +29,14 @@ __all__ = [
     "check_strategy",
     "check_trainer",
     "compiled_in",
+    "ready",
     "too_early",
     "warn_of_dense_checkpoint",
     "warn_of_early_end",
     "warn_of_other_weights",
 ]
+
+_T = TypeVar("_T")
 
 
 def compiled_in(module: torch.nn.Module) -> str | None:
@@ -239,6 +244,13 @@ def too_early(callback: str, hook: str) -> PruneError:
         allowed="hooks in the order of a Trainer's fit",
         fix="pass the callback to L.Trainer(callbacks=[...]) and call fit",
     )
+
+
+def ready(value: _T | None, callback: str, hook: str) -> _T:
+    """What an earlier hook has prepared; the error where it was not called."""
+    if value is None:
+        raise too_early(callback, hook)
+    return value
 
 
 def warn_of_early_end(step: int, last: int, actual: float, asked: float, owner: str) -> None:

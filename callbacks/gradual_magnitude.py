@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+from torch import nn
+
 from lightning_prune.allocation import Allocation, as_allocation
-from lightning_prune.callbacks.settings import Budget, Settings
+from lightning_prune.callbacks.settings import Basis, Budget, Settings
 from lightning_prune.callbacks.structured import StructuredCallback
+from lightning_prune.compute import share_of_compute
 from lightning_prune.criteria import Criterion, Magnitude, Random, Taylor
 from lightning_prune.criteria.activation import Activation
 from lightning_prune.errors import refusal
+from lightning_prune.followers import Members
 from lightning_prune.patterns import Pattern, as_pattern
 from lightning_prune.schedules import Schedule, as_schedule
-from lightning_prune.targets import as_globs
+from lightning_prune.targets import Selection, as_globs
+from lightning_prune.timeline import Timeline
 
 __all__ = ["GradualMagnitudePruning"]
 
@@ -59,13 +64,17 @@ class GradualMagnitudePruning(StructuredCallback):
             "early" (after the last update: the rest of the run trains the small model).
         total_steps: The run's optimizer steps, where the Trainer cannot know them (manual
             optimization, data of unknown length) and start or end is a fraction.
+        basis: What fractions in start and end are of: "steps", or "compute": the run's ideal
+            training compute, in which weights that are zero cost nothing. Sparse pretraining is
+            best from a quarter to three quarters of its compute.
 
     Raises:
         PruneError: On arguments out of range; at ``fit`` on what cannot be done.
 
     Source: Zhu & Gupta 2017, arXiv:1710.01878; Gupta et al. 2022, arXiv:2209.14624 (global);
     Lee et al. 2021, arXiv:2010.07611 (LAMP); Evci et al. 2020, arXiv:1911.11134 (ERK);
-    Muralidharan et al. 2024, arXiv:2407.14679 (activations of units).
+    Muralidharan et al. 2024, arXiv:2407.14679 (activations of units); Jin et al. 2025,
+    arXiv:2501.12486 (from 25 to 75% of the compute).
 
     Example:
         >>> import lightning as L
@@ -92,6 +101,7 @@ class GradualMagnitudePruning(StructuredCallback):
         uniform: bool = False,
         compact: bool | Literal["early"] = False,
         total_steps: int | None = None,
+        basis: Basis = "steps",
     ) -> None:
         settings = Settings(
             callback=type(self).__name__,
@@ -107,6 +117,7 @@ class GradualMagnitudePruning(StructuredCallback):
             budget=budget,
             initial_sparsity=initial_sparsity,
             total_steps=total_steps,
+            basis=basis,
         )
         super().__init__(
             settings,
@@ -117,6 +128,20 @@ class GradualMagnitudePruning(StructuredCallback):
             uniform=uniform,
             compact=compact,
         )
+        self._share = 1.0  # of a step's compute, what the selected weights take
+
+    def members(self, model: nn.Module) -> Members:
+        """What is selected, and all else that goes with it; finds out what it costs."""
+        found = super().members(model)
+        if found.selected:
+            self._share = share_of_compute(model, found.selected)
+        return found
+
+    def timeline(
+        self, selection: Selection, total_steps: int | None, *, squeeze: bool = False
+    ) -> Timeline:
+        """The schedule on a run of so many optimizer steps, by steps or by compute."""
+        return self.settings.lay_out(self._begun(selection), total_steps, squeeze, self._share)
 
 
 def _as_criterion(value: str | Criterion) -> Criterion:

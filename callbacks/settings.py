@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from torch import nn
 
 from lightning_prune.anatomy.adapted import adapted_layers
 from lightning_prune.callbacks import checks
+from lightning_prune.compute import check_shares, timeline_by_compute
 from lightning_prune.distributed import Shards
 from lightning_prune.errors import refusal
 from lightning_prune.masks import zero_fraction
@@ -17,9 +19,10 @@ from lightning_prune.schedules import Schedule
 from lightning_prune.targets import Selection, select
 from lightning_prune.timeline import Timeline, check_window, timeline
 
-__all__ = ["Budget", "Settings"]
+__all__ = ["Basis", "Budget", "Settings"]
 
 Budget = Literal["parameters", "macs", "bytes"]
+Basis = Literal["steps", "compute"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +44,7 @@ class Settings:
     total_steps: int | None
     frozen: bool | Literal["adapters"] = False  # whether frozen weights are pruned, too, or
     # only where adapters have frozen them
+    basis: Basis = "steps"
 
     def __post_init__(self) -> None:
         """Checks every value by itself."""
@@ -67,6 +71,16 @@ class Settings:
                 allowed="'parameters', 'macs' or 'bytes'",
                 fix="leave it out for parameters",
             )
+        if self.basis not in ("steps", "compute"):
+            raise refusal(
+                "Unknown basis of start and end",
+                where=f"{self.callback}(basis=...)",
+                got=self.basis,
+                allowed="'steps' or 'compute'",
+                fix="leave it out for fractions of the steps",
+            )
+        if self.basis == "compute":
+            check_shares(self.schedule, self.start, self.end)
         total = self.total_steps
         whole = isinstance(total, int) and not isinstance(total, bool)
         if total is not None and (not whole or total < 1):
@@ -88,12 +102,22 @@ class Settings:
         zeros = zero_fraction(selection.targets, shards)
         return self.sparsity if abs(zeros - self.sparsity) * selection.size < 1 else zeros
 
-    def lay_out(self, initial: float, total: int | None, squeeze: bool) -> Timeline:
-        """The schedule on a run of ``total`` steps; empty when there is nothing to prune."""
+    def lay_out(
+        self, initial: float, total: int | None, squeeze: bool, share: float = 1.0
+    ) -> Timeline:
+        """The schedule on a run of ``total`` steps; empty when there is nothing to prune.
+
+        Args:
+            initial: The sparsity before the first update.
+            total: The run's optimizer steps; None when unknown.
+            squeeze: Whether a run too short makes all its updates in its last step.
+            share: What the selected weights take of a step's compute; see `compute_until`.
+        """
         checks.check_initial(initial, self.sparsity, self.callback)
         if self.sparsity == 0:
             return Timeline(updates=(), values=(), initial=0.0)
-        return timeline(
+        lay = timeline if self.basis == "steps" else partial(timeline_by_compute, share=share)
+        return lay(
             self.schedule,
             initial=initial,
             final=self.sparsity,

@@ -164,6 +164,11 @@ def is_transposed_linear(module: nn.Module) -> bool:
     )
 
 
+def multiplies(module: nn.Module) -> bool:
+    """Whether a module multiplies by its weight: a Linear, a Conv1D, or a convolution."""
+    return isinstance(module, (nn.Linear, *_CONV_TYPES)) or is_transposed_linear(module)
+
+
 def _layout(module: nn.Module, leaf: str, parameter: Tensor) -> Layout:
     if leaf == "weight" and isinstance(module, nn.Linear):
         return "linear"
@@ -209,9 +214,7 @@ def _default_reason(
         return "bias or other vector"
     if ".lora_" in f".{path}.":
         return "LoRA adapter"
-    if leaf != "weight" or not (
-        isinstance(module, (nn.Linear, *_CONV_TYPES)) or is_transposed_linear(module)
-    ):
+    if leaf != "weight" or not multiplies(module):
         return (
             f"parameter of {type(module).__name__}: not a Linear, Conv1D, Conv1d or Conv2d weight"
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from lightning_prune.errors import refusal
 from lightning_prune.schedules import Schedule
 
-__all__ = ["Timeline", "check_window", "timeline"]
+__all__ = ["Timeline", "check_window", "least_window", "timeline"]
 
 
 def check_window(
@@ -111,6 +111,12 @@ class Timeline:
         return self.values[-1] if self.values else self.initial
 
 
+def least_window(schedule: Schedule, every: int | None) -> int:
+    """How many steps a schedule needs from its first update to its last."""
+    moments = schedule.moments
+    return 0 if moments == 1 else max(1, every or 1, (moments or 2) - 1)
+
+
 def timeline(
     schedule: Schedule,
     *,
@@ -159,7 +165,7 @@ def timeline(
     first = step(start)
     last = first if once else step(end)
     moments = schedule.moments
-    needed = 0 if once else max(1, every or 1, (moments or 2) - 1)
+    needed = least_window(schedule, every)
     if squeeze and total is not None and (last > total or last - first < needed):
         return Timeline(updates=(total,), values=(final,), initial=initial)
     if total is not None and last > total:

@@ -6,6 +6,7 @@ NumPy only. Engine tests compare with these; nothing here is imported by the pac
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -259,3 +260,8 @@ def convolution_uses(sizes, kernels, strides, paddings, dilations):
             left += stride
         uses *= places
     return uses
+
+
+def step_costs(laid: Any, total: int, share: float) -> list[float]:
+    """What each step of a run costs, in dense steps, where zeros cost nothing."""
+    return [1 - share * laid.value(steps_made) for steps_made in range(total)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from rich.text import Text
 from torch import nn
 
 from lightning_prune.callbacks.base import MaskCallback
-from lightning_prune.cli.outcome import Outcome, main_metric, sparsity_of
+from lightning_prune.cli.outcome import Measured, Outcome, main_metric, sparsity_of
 from lightning_prune.cli.planning import NOMINAL_STEPS, Plans
 from lightning_prune.removal import removals_of, whole
 from lightning_prune.reports import latency
@@ -144,11 +144,18 @@ def _results(outcome: Outcome) -> Table:
         sizes = [before.plans[0].parameters[0], before.plans[-1].parameters[1]]
         rows.append(("parameters", *(f"{n:,}" for n in sizes[-len(shown) :])))
     rows += [
+        *_predicted(shown),
         ("selected weights that are zero", *(percent(f.sparsity) for f in found)),
         ("parameters that are zero", *(percent(f.total_sparsity) for f in found)),
+        ("average parameters", *(f"{run.average_parameters:,.0f}" for run in shown.values())),
         ("time for training", *(_duration(run.seconds) for run in shown.values())),
     ]
     return rich_table("Results", ("", *shown), rows)
+
+
+def _predicted(runs: Mapping[str, Measured]) -> list[tuple[str, ...]]:
+    losses = [run.predicted_loss for run in runs.values()]
+    return [("loss that the law predicts", *map(_number, losses))] if any(losses) else []
 
 
 def _number(value: float | None) -> str:

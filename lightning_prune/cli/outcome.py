@@ -19,13 +19,15 @@ from lightning_prune._version import __version__
 from lightning_prune.callbacks.base import MaskCallback
 from lightning_prune.errors import refusal
 from lightning_prune.export import SavesPretrained, save_pretrained
-from lightning_prune.reports import SparsityReport, plot_layers, plot_training, report
+from lightning_prune.reports import ScalingLaw, SparsityReport, plot_layers, plot_training, report
 
 __all__ = [
     "Measured",
     "Outcome",
     "RunFolder",
+    "average_parameters",
     "check_merged",
+    "law_of",
     "main_metric",
     "sparsity_of",
     "write",
@@ -125,11 +127,16 @@ class Measured:
         seconds: Its training, with validation during it.
         metrics: What validation logged after it, by name.
         sparsity: Its zeros, in the weights that the callbacks select.
+        average_parameters: How many parameters it had on average over training, without those that
+            were zero.
+        predicted_loss: What a scaling law says of as many, in nats a token; None without a law.
     """
 
     seconds: float
     metrics: Mapping[str, float]
     sparsity: SparsityReport
+    average_parameters: float
+    predicted_loss: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -195,6 +202,30 @@ def sparsity_of(module: nn.Module, callbacks: tuple[MaskCallback, ...] = ()) -> 
     return report(module, names or None)
 
 
+def average_parameters(module: nn.Module, callbacks: Iterable[MaskCallback]) -> float:
+    """How many parameters a module had on average over training, without those that were zero."""
+    averages = [callback.average for callback in callbacks if callback.average.total]
+    if not averages:
+        return float(sum(parameter.numel() for parameter in module.parameters()))
+    return averages[0].total - sum(average.pruned for average in averages)
+
+
+def law_of(path: str | None) -> ScalingLaw | None:
+    """The law that a run is held against; refused where it needs more than the run knows."""
+    if path is None:
+        return None
+    law = ScalingLaw.load(path)
+    if law.data_scale:
+        raise refusal(
+            "What a run is held against is a law for runs of its own length",
+            where="scaling_law",
+            got=f"{path}, which depends on tokens",
+            allowed="a law that was fitted to runs of one length",
+            fix="fit it to runs that have seen as many tokens as this one",
+        )
+    return law
+
+
 def main_metric(names: Iterable[str]) -> str | None:
     """The metric that is shown where there is room for one only: an accuracy, or else the first."""
     scores = [n for n in names if n.startswith(("val", "test")) and "loss" not in n]
@@ -249,6 +280,8 @@ def _to_dict(outcome: Outcome) -> dict[str, Any]:
                 "metrics": dict(run.metrics),
                 "sparsity": run.sparsity.sparsity,
                 "total_sparsity": run.sparsity.total_sparsity,
+                "average_parameters": run.average_parameters,
+                "predicted_loss": run.predicted_loss,
             }
             for name, run in runs.items()
             if run is not None

@@ -20,11 +20,14 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_prune.callbacks.base import MaskCallback
 from lightning_prune.cli import display
 from lightning_prune.cli.chatter import quieten
+from lightning_prune.cli.options import OPTIONS, add_options
 from lightning_prune.cli.outcome import (
     Measured,
     Outcome,
     RunFolder,
+    average_parameters,
     check_merged,
+    law_of,
     sparsity_of,
     write,
 )
@@ -35,9 +38,6 @@ from lightning_prune.errors import PruneError, refusal
 from lightning_prune.export import save_pretrained
 
 __all__ = ["PruneCLI", "PruneTrainer"]
-
-# Or with dashes.
-_OPTIONS = ("output_dir", "compare_dense", "train_teacher", "total_steps", "ckpt_path")
 
 
 class PruneTrainer(L.Trainer):
@@ -97,34 +97,13 @@ class PruneCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what a recipe says besides the Trainer, the model and the data."""
-        parser.add_argument(
-            "--output_dir",
-            type=str,
-            default="runs/latest",
-            help="Folder for what fit leaves: the checkpoint, the report, two plots and, if all "
-            "weights of the module are those of a transformers model, that model as stock "
-            "transformers loads it. What an earlier run left there is replaced.",
-        )
-        parser.add_argument(
-            "--compare_dense",
-            type=bool,
-            default=False,
-            help="Whether fit trains the same once more without the pruning callbacks, and shows "
-            "both results side by side.",
-        )
-        parser.add_argument(
-            "--train_teacher",
-            type=bool,
-            default=False,
-            help="Whether fit first trains the student of a DistillationModule by itself, without "
-            "pruning, and makes it the teacher; it is kept in the folder teacher/model.",
-        )
+        add_options(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses `args`; those of the process are not looked at."""
         if not isinstance(args, list):
             raise TypeError("PruneCLI takes a list of arguments")
-        dashed = {f"--{name.replace('_', '-')}": f"--{name}" for name in _OPTIONS}
+        dashed = {f"--{name.replace('_', '-')}": f"--{name}" for name in OPTIONS}
         spelt = [arg.partition("=") for arg in args]
         self.config = parser.parse_args(
             [dashed.get(name, name) + sign + value for name, sign, value in spelt]
@@ -218,6 +197,7 @@ class PruneCLI(LightningCLI):
                 allowed="true beside at least one callback of lightning_prune.callbacks",
                 fix="add one to trainer.callbacks, or write compare_dense: false",
             )
+        self._law = law_of(self.options["scaling_law"])
         check_merged(self.trainer.callbacks)  # type: ignore[attr-defined]
         fast, resumes = self.trainer.fast_dev_run, self.options.get("ckpt_path")  # type: ignore[attr-defined]
         if self.options["train_teacher"] and not (fast or resumes):
@@ -291,7 +271,14 @@ class PruneCLI(LightningCLI):
             ):
                 metrics |= found
             self.trainer.loggers = loggers
-        return Measured(seconds=seconds, metrics=metrics, sparsity=sparsity_of(self.model, pruning))
+        count = average_parameters(self.model, self._pruning())
+        return Measured(
+            seconds=seconds,
+            metrics=metrics,
+            sparsity=sparsity_of(self.model, pruning),
+            average_parameters=count,
+            predicted_loss=None if self._law is None else self._law.predict(count),
+        )
 
     def _fit_teacher(self) -> None:
         """Trains the student alone, saves it where the teacher is looked for, and starts anew."""

@@ -13,6 +13,10 @@ from lightning_prune.reports.plan import Planned as Planned
 from lightning_prune.reports.plan import plan as plan
 from lightning_prune.reports.plots import plot_layers as plot_layers
 from lightning_prune.reports.plots import plot_training as plot_training
+from lightning_prune.reports.scaling import ScalingLaw as ScalingLaw
+from lightning_prune.reports.scaling import ScalingRun as ScalingRun
+from lightning_prune.reports.scaling import fit_scaling_law as fit_scaling_law
+from lightning_prune.reports.scaling_plot import plot_scaling as plot_scaling
 from lightning_prune.reports.sparsity import LayerSparsity as LayerSparsity
 from lightning_prune.reports.sparsity import SparsityReport as SparsityReport
 from lightning_prune.reports.sparsity import report as report
@@ -25,12 +29,16 @@ __all__ = [
     "LayerSparsity",
     "Plan",
     "Planned",
+    "ScalingLaw",
+    "ScalingRun",
     "Series",
     "SparsityReport",
     "Speedup",
+    "fit_scaling_law",
     "latency",
     "plan",
     "plot_layers",
+    "plot_scaling",
     "plot_training",
     "read_history",
     "report",

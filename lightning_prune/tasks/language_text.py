@@ -61,8 +61,9 @@ class LanguageDataModule(L.LightningDataModule):
             JSON, JSONL, CSV, TSV or parquet file, a folder of such files, `package:NAME/PATH`, a
             list of texts or of mappings, columns, a `datasets.Dataset` or a `DatasetDict`.
         config: Of a hub data set.
-        tokenizer: A hub name, a folder, a GGUF file, `package:NAME/PATH` or the tokenizer; None for
-            that of the model in the Trainer.
+        tokenizer: A hub name, a folder, a GGUF file, `package:NAME/PATH`, "bytes" (each byte is a
+            token, 256 ends a text: for models from scratch) or the tokenizer; None for that of the
+            model in the Trainer.
         gguf_file: The GGUF file in the folder or repository that `tokenizer` names.
         objective: `"causal"` or `"masked"`, as the model's.
         text_field: The column of the texts; None for the only one of strings, or `text` or

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lightning_prune.errors import PruneError, refusal
+from lightning_prune.tasks.byte_tokenizer import BYTES, byte_tokenizer
 from lightning_prune.tasks.packaged import PREFIX, locate
 
 if TYPE_CHECKING:
@@ -154,7 +155,8 @@ def named_tokenizer(
     """Loads a tokenizer, as it is.
 
     Args:
-        tokenizer: What `Pretrained.find` understands, or the tokenizer itself.
+        tokenizer: What `Pretrained.find` understands, "bytes" for `byte_tokenizer`, or the
+            tokenizer itself.
         gguf_file: See `Pretrained.find`.
 
     Raises:
@@ -164,6 +166,8 @@ def named_tokenizer(
 
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return tokenizer
+    if tokenizer == BYTES:
+        return byte_tokenizer()
     source = Pretrained.find(tokenizer, gguf_file)
     with _refusing(source, "AutoTokenizer"):
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(

@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from lightning_prune.cli import main
+from lightning_prune.reports import ScalingLaw
 from tests.source_tree import ROOT
 from tests.unit.tasks import tiny_language as tiny
 
@@ -61,6 +62,30 @@ def test_fit_leaves_what_it_says_and_can_be_run_again(tmp_path, capsys):
     assert found["callbacks"][0]["init_args"]["sparsity"] == 0.9
     assert found["steps"] == 86
     assert yaml.safe_load((folder / "config.yaml").read_text())["output_dir"] == "runs/digits"
+
+
+def test_a_run_tells_its_average_parameters_and_the_loss_that_a_law_predicts(tmp_path, capsys):
+    ScalingLaw(floor=1.0, scale=100.0, exponent=0.5).save(tmp_path / "law.json")
+    once = [f"{MASKS}.schedule", "oneshot", f"{MASKS}.start", "43", f"{MASKS}.end", "86"]
+    assert main(["fit", *DIGITS, *SHORT, *once, "--scaling-law", "law.json"]) == 0
+    shown = capsys.readouterr().out
+    found = json.loads((tmp_path / "runs/digits/report.json").read_text())
+    dense, pruned = found["runs"]["dense"], found["runs"]["pruned"]
+    whole = dense["average_parameters"]
+    # 90% of the selected weights for the second half of 86 steps
+    assert whole - pruned["average_parameters"] == pytest.approx(found["zeros"] / 2)
+    assert pruned["predicted_loss"] == pytest.approx(1 + 100 / pruned["average_parameters"] ** 0.5)
+    assert f"{whole:,.0f}" in shown
+    assert f"{pruned['predicted_loss']:.4f}" in shown
+
+
+def test_a_law_that_is_not_there_or_asks_for_tokens_is_refused(tmp_path, capsys):
+    assert main(["fit", *DIGITS, *SHORT, "--scaling_law", "law.json"]) == 2
+    assert "no scaling law in this file" in capsys.readouterr().err
+    law = ScalingLaw(floor=1.0, scale=1.0, exponent=0.5, data_scale=1.0, data_exponent=0.5)
+    law.save(tmp_path / "law.json")
+    assert main(["fit", *DIGITS, *SHORT, "--scaling_law", "law.json"]) == 2
+    assert "which depends on tokens" in capsys.readouterr().err
 
 
 def test_the_dense_run_is_that_of_a_configuration_without_pruning(tmp_path, capsys):
