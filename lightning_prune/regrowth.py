@@ -27,6 +27,8 @@ __all__ = ["Decay", "DenseGradients", "Grow", "Regrowth", "check_pattern", "exch
 Grow = Literal["random", "gradient"]
 Decay = Literal["cosine", "constant"]
 
+_SAMPLE = 4096  # values that are looked at before all of them are
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Regrowth:
@@ -188,7 +190,10 @@ def exchange(
 
 def _lowest(scores: Tensor, among: Tensor, count: int, sharded: bool, shards: Shards) -> Tensor:
     """Which ``count`` of the units in ``among`` have the lowest scores; the first on ties."""
-    keys = order_keys(scores.masked_fill(~among, torch.inf))
+    values = scores.masked_fill(~among, torch.inf)
+    if not sharded:
+        return _lowest_here(values, count)
+    keys = order_keys(values)
     units = Candidates(
         keys=lambda _, where: keys[where],
         pruned=lambda _: torch.zeros_like(among),
@@ -198,6 +203,31 @@ def _lowest(scores: Tensor, among: Tensor, count: int, sharded: bool, shards: Sh
         shards=shards,
     )
     return ~take(units, 0, smallest(units, [0], count)[0])
+
+
+def _lowest_here(values: Tensor, count: int) -> Tensor:
+    """Which ``count`` values are the lowest; the first on ties. At least as many are finite.
+
+    A sample says below which value they lie, most likely; only what is below is ranked.
+    """
+    found = torch.zeros(len(values), dtype=torch.bool, device=values.device)
+    if count == 0:
+        return found
+    near = None
+    step = len(values) // _SAMPLE
+    if step > 1:
+        sample = values[::step]
+        rank = min(len(sample), count * len(sample) * 5 // (len(values) * 4) + 32)
+        near = (values <= sample.kthvalue(rank).values).nonzero().view(-1)
+    if near is None or len(near) < count:  # a sample that misleads
+        near = values.isfinite().nonzero().view(-1)
+    below = values[near]
+    last = below.kthvalue(count).values
+    chosen = below < last
+    ties = (below == last).nonzero().view(-1)
+    chosen[ties[: count - count_true(chosen)]] = True
+    found[near[chosen]] = True
+    return found
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,16 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightning_prune import regrowth
 from lightning_prune.distributed import Shards
 from lightning_prune.patterns import NM, Block, Column, Row, Unstructured, as_pattern
 from lightning_prune.regrowth import DenseGradients, Regrowth, check_pattern, exchange
 from tests import oracle_dynamic as oracle
-from tests.property.strategies import LAYOUTS, seeds, weights
+from tests.property.strategies import LAYOUTS, crowds, seeds, weights
 from tests.property.test_sharded import on_ranks
 from tests.refusals import refused
 from tests.weights import target
 
-GROUP = 4
+GROUP, STRIDE = 4, 10
 
 
 @st.composite
@@ -50,6 +52,19 @@ def test_an_exchange_is_the_algorithms(given_units):
     assert found.sum() == kept.sum()
     assert (kept & ~found).sum() <= count
     assert (found & ~kept).sum() == (kept & ~found).sum()
+
+
+@settings(max_examples=100, deadline=None)
+@given(crowds(stride=STRIDE), crowds(stride=STRIDE), st.floats(0.01, 0.99), st.floats(0, 1), seeds)
+def test_a_sample_that_misleads_changes_nothing(sizes, growth, density, share, seed):
+    """Thousands of units, of which every STRIDE-th is looked at before the others."""
+    n = min(len(sizes), len(growth))
+    sizes, growth = np.abs(sizes[:n]), growth[:n]
+    kept = np.random.default_rng(seed).random(n) < density
+    count = int(share * kept.sum())
+    with mock.patch.object(regrowth, "_SAMPLE", n // STRIDE):
+        found = exchange(*map(torch.tensor, (sizes, growth, kept)), count)
+    assert np.array_equal(found.numpy(), oracle.exchange(sizes, growth, kept, count))
 
 
 @settings(max_examples=200)
