@@ -22,6 +22,7 @@ from typing import Any
 
 import lightning as L
 import minilm
+import small_digits
 import small_llama
 import stored
 import torch
@@ -29,7 +30,6 @@ from torch import Tensor, nn
 
 from lightning_prune import report
 from lightning_prune.callbacks import DynamicSparseTraining, GradualMagnitudePruning
-from lightning_prune.tasks import DigitsDataModule, ImageClassification
 
 RESULTS = Path(__file__).parent / "results"
 STORE = RESULTS / "dynamic_sparse.jsonl"
@@ -63,19 +63,7 @@ def run(task: str, arm: str, seed: int) -> dict[str, Any]:
     callbacks = pruner(arm, seed)
     row: dict[str, Any] = {"task": task, "arm": arm, "seed": seed, "steps": steps}
     if task == "digits":
-        module: L.LightningModule = ImageClassification()
-        data = DigitsDataModule(seed=seed)
-        trainer = L.Trainer(
-            max_steps=steps,
-            callbacks=callbacks,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(module, data)
-        row["accuracy"] = trainer.validate(module, data, verbose=False)[0]["val/accuracy"]
+        module, row["accuracy"] = small_digits.fit(callbacks, steps, seed)
     else:
         module = small_llama.language_model(128)
         small_llama.fit(module, callbacks, steps, 8, seed)
@@ -91,9 +79,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         "",
         f"- Machine: {rows[0]['machine']}",
         "- Command: `python benchmarks/bench_dynamic_sparse.py quality`",
-        f"- digits: {STEPS['digits']} steps, accuracy; llama: 1.1 M parameters on bytes, "
-        f"{STEPS['llama']} steps of 8 x 128, nats a byte of modules held out. Updates every "
-        f"{EVERY} steps until 75%, ERK.",
+        f"- digits: {STEPS['digits']} steps, accuracy on images held out; llama: 1.1 M "
+        f"parameters on bytes, {STEPS['llama']} steps of 8 x 128, nats a byte of modules held out. "
+        f"Updates every {EVERY} steps until 75%, ERK.",
         *(f"- {arm}: {text}." for arm, text in ARMS.items()),
         "",
         "| task | arm | zero | each seed | mean |",

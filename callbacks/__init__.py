@@ -21,6 +21,7 @@ from lightning_prune.callbacks.gradual_magnitude import (
 )
 from lightning_prune.callbacks.hard_concrete import HardConcretePruning as HardConcretePruning
 from lightning_prune.callbacks.lora_pruning import LoRAPruning as LoRAPruning
+from lightning_prune.callbacks.lottery_ticket import LotteryTicket as LotteryTicket
 from lightning_prune.callbacks.movement import MovementPruning as MovementPruning
 from lightning_prune.callbacks.one_shot import OneShotPruning as OneShotPruning
 from lightning_prune.callbacks.pruning_aware_tuning import PruningAwareTuning as PruningAwareTuning
@@ -35,6 +36,7 @@ __all__ = [
     "GradualMagnitudePruning",
     "HardConcretePruning",
     "LoRAPruning",
+    "LotteryTicket",
     "MovementPruning",
     "OneShotPruning",
     "PruningAwareTuning",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import lightning as L
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
@@ -10,9 +12,19 @@ from torch.optim import AdamW
 from lightning_prune.errors import refusal
 from lightning_prune.tasks.learning_rate import LazySchedule, Shape
 
-__all__ = ["adamw", "optimizer_and_schedule", "resolve_schedules"]
+__all__ = ["TrainsInRounds", "adamw", "optimizer_and_schedule", "resolve_schedules"]
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
+
+
+@runtime_checkable
+class TrainsInRounds(Protocol):
+    """A callback that takes training back to the same step again and again."""
+
+    @property
+    def round_steps(self) -> int | None:
+        """The steps that a learning rate falls over, from `on_train_start` on; None: the run."""
+        ...
 
 
 def adamw(module: nn.Module, *, learning_rate: float, weight_decay: float, fused: bool) -> AdamW:
@@ -88,10 +100,15 @@ def optimizer_and_schedule(
 def resolve_schedules(trainer: L.Trainer) -> None:
     """Tells every lazy schedule how long the run is; for `on_train_start`, never earlier.
 
+    Where a callback trains in rounds (`TrainsInRounds`), a schedule spans one of them.
+
     Raises:
         PruneError: The length is unknown and a schedule needs it.
     """
     total_steps = trainer.estimated_stepping_batches
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, TrainsInRounds) and callback.round_steps is not None:
+            total_steps = callback.round_steps
     for config in trainer.lr_scheduler_configs:
         if isinstance(config.scheduler, LazySchedule):
             config.scheduler.resolve(total_steps)

@@ -17,7 +17,7 @@ from lightning_prune import callbacks
 from tests.conformance.lora_toy import LoRAToy, LoRAUnits
 from tests.conformance.sparse_toy import SparseToy
 from tests.conformance.toy import Toy
-from tests.conformance.variants import AT_ONCE, CHANNELS, DECIDED, MOVING, VARIANTS
+from tests.conformance.variants import AT_ONCE, CHANNELS, DECIDED, MOVING, ROUNDS, VARIANTS
 
 __all__ = ["CHECKS", "CUT", "LAWS", "UNITS", "Case", "Check", "cases", "check"]
 
@@ -177,6 +177,7 @@ ROWS: dict[str, Callable[[type[L.Callback]], Case]] = {
         },
         model=LoRAToy,
     ),
+    "LotteryTicket": lambda kind: Case(kind=kind, **ROUNDS),
     "OneShotPruning": lambda kind: Case(kind=kind, model=LoRAUnits, **AT_ONCE),
     "PruningAwareTuning": lambda kind: Case(kind=kind, **CHANNELS),
     "SparseRetraining": lambda kind: Case(kind=kind, defaults={"adapters": None}, model=SparseToy),

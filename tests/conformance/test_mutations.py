@@ -11,6 +11,7 @@ from lightning_prune.errors import PruneError
 from tests.conformance import laws  # noqa: F401  registers the checks
 from tests.conformance import mutants_of_growth as growth
 from tests.conformance import mutants_of_masks as masks
+from tests.conformance import mutants_of_rounds as rounds
 from tests.conformance import mutants_of_runs as runs
 from tests.conformance import mutants_of_units as units
 from tests.conformance.law_5_ranks import assert_refuses_drift, assert_row
@@ -145,6 +146,14 @@ MUTATIONS_OF_GROWTH: dict[type, tuple[str, ...]] = {
     growth.DynamicSparseLeavesAverages: ("4-averages",),
 }
 
+MUTATIONS_OF_ROUNDS: dict[type, tuple[str, ...]] = {
+    rounds.LotteryTicketSavesNoSnapshot: ("4-every_step", "4-accumulation"),
+    rounds.LotteryTicketLeavesWhatComesBack: ("3-optimizers",),
+    rounds.LotteryTicketRewindsAnyway: ("7-sparsity_zero",),
+    rounds.LotteryTicketSavesNoCandidates: ("4-every_step",),
+    rounds.LotteryTicketDrawsAsItComes: ("4-every_step",),
+}
+
 # What a check may end with: its own assertion, a refusal or none, or a file that cannot be read.
 FOUND = (AssertionError, PruneError, pytest.fail.Exception, pickle.UnpicklingError)
 
@@ -157,6 +166,11 @@ PAIRS += [
 PAIRS += [
     (growth.growth_case(kind), CHECKS[name])
     for kind, names in MUTATIONS_OF_GROWTH.items()
+    for name in names
+]
+PAIRS += [
+    (rounds.rounds_case(kind), CHECKS[name])
+    for kind, names in MUTATIONS_OF_ROUNDS.items()
     for name in names
 ]
 BROKEN_RANKS = [(Case(kind=kind), row) for kind, row in runs.BROKEN_RANKS.items()]

@@ -7,7 +7,7 @@ from typing import Any
 from tests.conformance.lora_toy import LoRAToy, LoRAUnits
 from tests.conformance.units import Units
 
-__all__ = ["AT_ONCE", "CHANNELS", "DECIDED", "MOVING", "VARIANTS"]
+__all__ = ["AT_ONCE", "CHANNELS", "DECIDED", "MOVING", "ROUNDS", "VARIANTS"]
 
 _SPLIT = "Units over several weights are not put together from shards: refused"
 _CUT = "After the cut no mask is left to look at: see units that are not cut, and"
@@ -107,6 +107,41 @@ _GROWN = "Grown weights start at zero: see the static variant, whose mask stays"
 MOVING: dict[str, Any] = {
     "laws": {"2-zeros_go_first": _GROWN, "9-alone_or_together": _GROWN},
 }
+
+# Of rounds: updates after steps 4 and 7 of the 10, and a rewind to step 1.
+_ALONE = "A rewind takes the whole network back: refused beside another pruning callback"
+_MIXED = "Stochastic averages would mix weights from before and after a rewind: refused"
+_COUNTED = "Rounds are laid onto a run of known length: see the variant with total_steps"
+_TICKET = {"sparsity": 0.5, "rounds": 2, "rewind": 1}
+ROUNDS: dict[str, Any] = {
+    "defaults": _TICKET,
+    "laws": {
+        "3-manual_optimization": _COUNTED,
+        "3-stochastic_averages": _MIXED,
+        "4-manual_optimization": _COUNTED,
+        "8-one_owner": _ALONE,
+        "9-alone_or_together": _ALONE,
+        "9-clipping_with_two": _ALONE,
+        "9-two_callbacks": _ALONE,
+    },
+}
+_STATE = (
+    "1-live",
+    "2-any_sparsity",
+    "3-accumulation",
+    "3-optimizers",
+    "4-accumulation",
+    "4-checkpoint_before_an_update",
+    "4-every_step",
+    "4-plain_contents",
+    "4-skipped_steps",
+    "5-ddp",
+    "5-fsdp2, resumed",
+    "6-after_an_exception",
+    "6-after_fit",
+    "7-sparsity_zero",
+)
+_BESIDE = "Rounds are those of LotteryTicket; what is new is what is drawn and what is saved"
 
 # By the class's name.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -259,6 +294,45 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
                 "4-plain_contents",
             ),
             "why": "Only names change when the fit ends; see LoRAPruning, and test_lora_pruning.py",
+        },
+    ],
+    "LotteryTicket": [
+        {
+            "variant": "by hand",
+            "defaults": _TICKET | {"total_steps": 4},
+            "only": ("3-manual_optimization", "4-manual_optimization"),
+            "why": "Only the count of steps is new: the slower of two optimizers makes four",
+        },
+        {
+            "variant": "reinit",
+            "defaults": _TICKET | {"control": "reinit"},
+            "only": _STATE,
+            "why": _BESIDE,
+        },
+        {
+            "variant": "random masks",
+            "defaults": _TICKET | {"control": "random_mask"},
+            "only": (*_STATE, "2-n_of_m", "2-whole_units", "2-ties"),
+            "why": _BESIDE,
+        },
+        {
+            # the sixth mask settles it, four steps before the round's end
+            "variant": "early bird",
+            "defaults": {"sparsity": 0.5, "rounds": 1, "early_bird": 0.9, "every": 1}
+            | {"total_steps": 20},
+            "only": (
+                "1-live",
+                "3-optimizers",
+                "4-every_step",
+                "4-plain_contents",
+                "4-skipped_steps",
+                "5-ddp",
+                "5-fsdp2, resumed",
+                "6-after_an_exception",
+                "6-after_fit",
+                "7-sparsity_zero",
+            ),
+            "why": f"{_BESIDE}; shorter runs have no six masks, see test_lottery_ticket_fits.py",
         },
     ],
     "PruningAwareTuning": [

@@ -21,6 +21,7 @@ ROOMS = [
         "proportions",
         "schedules",
         "timeline",
+        "compute",
         "criteria",
         "apportionment",
         "allocation",
@@ -28,10 +29,21 @@ ROOMS = [
         "patterns",
         "targets",
     ],
-    ["masks", "observers", "policy", "regrowth", "usage", "followers"],
+    [
+        "masks",
+        "observers",
+        "policy",
+        "regrowth",
+        "rounds",
+        "controls",
+        "early_bird",
+        "usage",
+        "followers",
+    ],
     ["apply", "gates", "anatomy"],
     [
         "remembered",
+        "snapshot",
         "removal",
         "unit_layout",
         "unit_policy",
@@ -41,7 +53,16 @@ ROOMS = [
         "lora",
         "reports",
     ],
-    ["export", "delta", "distillation", "tasks"],
+    [
+        "export",
+        "delta",
+        "soup_members",
+        "averaging",
+        "batchnorm",
+        "rewinding",
+        "distillation",
+        "tasks",
+    ],
     ["callbacks"],
     ["cli"],
 ]
@@ -56,7 +77,7 @@ MODEL_MODULES = ("anatomy.families", "gates", "lora", "tasks", "distillation", "
 EAGER_ROOMS = {"tasks", "cli"}
 
 # The names under which distributions are imported, where the two differ.
-IMPORT_NAMES = {"scikit-learn": "sklearn"}
+IMPORT_NAMES = {"scikit-learn": "sklearn", "pyyaml": "yaml"}
 
 
 def room_of(module: str) -> str:
