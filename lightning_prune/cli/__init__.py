@@ -1,4 +1,4 @@
-"""The command line: `lightning-prune fit | validate | plan | report`."""
+"""The command line: `lightning-prune fit | validate | plan | report | sweep`."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ commands:
   validate   measure a model, or a checkpoint of it, and show how sparse it is
   plan       tell, before any training, what fit would prune, what not and why, and when
   report     show how sparse a saved model is, layer by layer, and how fast (--latency)
+  sweep      run fit for every cell of a grid, with baselines, and draw their Pareto plot
 
 examples:
   lightning-prune plan --config examples/quickstart.yaml
   lightning-prune fit --config examples/quickstart.yaml
   lightning-prune fit --config examples/quickstart.yaml --trainer.max_epochs 1
   lightning-prune report runs/quickstart/model
+  lightning-prune sweep examples/sparse_pretraining.yaml
 
 Every key of the YAML file is an option as well: `lightning-prune fit --help` lists them. To see
 what a class takes, name it after .help, as here:
@@ -57,7 +59,9 @@ def main(args: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument(
-        "command", choices=("fit", "validate", "plan", "report"), help=argparse.SUPPRESS
+        "command",
+        choices=("fit", "validate", "plan", "report", "sweep"),
+        help=argparse.SUPPRESS,
     )
     if not given:
         parser.print_help()

@@ -31,18 +31,22 @@ def run(command: str, args: Sequence[str]) -> int:
     """Runs a command.
 
     Args:
-        command: "fit", "validate", "plan" or "report".
+        command: "fit", "validate", "plan", "report" or "sweep".
         args: What stands after it.
 
     Returns:
-        0; or 2 when the configuration is at fault, with one message on stderr. Other errors keep
-        their traceback.
+        0; or 2 when the configuration is at fault, with one message on stderr; or 130 for a sweep
+        after Ctrl-C. Other errors keep their traceback.
     """
     try:
         if command == "report":
             from lightning_prune.cli.inspection import show_report
 
             show_report(args)
+        elif command == "sweep":
+            from lightning_prune.cli.sweep import run_sweep
+
+            return run_sweep(args)
         else:
             from lightning_prune.cli.recipe import PruneCLI
 
