@@ -17,7 +17,6 @@ from lightning_prune.apply import mask_, mask_moments_
 from lightning_prune.callbacks import checks
 from lightning_prune.callbacks.averages import averages_weights, project_checkpoint, swaps_weights
 from lightning_prune.callbacks.costs import known_costs, shared_costs
-from lightning_prune.callbacks.parameter_average import ParameterAverage
 from lightning_prune.callbacks.run_length import run_length
 from lightning_prune.callbacks.settings import Settings
 from lightning_prune.callbacks.state import asked, check_checkpoint, pack_state, unpack_state
@@ -25,7 +24,8 @@ from lightning_prune.callbacks.steps import StepCounter
 from lightning_prune.criteria import Criterion
 from lightning_prune.distributed import Shards, agree, shards_of
 from lightning_prune.followers import Members, followed
-from lightning_prune.masks import MaskSet, pack, pruned_fraction
+from lightning_prune.masks import MaskSet, pack, pruned_count, pruned_fraction
+from lightning_prune.parameter_average import ParameterAverage
 from lightning_prune.policy import Policy
 from lightning_prune.targets import Selection, Target
 from lightning_prune.timeline import Timeline
@@ -63,7 +63,7 @@ class MaskCallback(L.Callback):
         self._timeline: Timeline | None = None
         self._counter = StepCounter()
         self._updated = -1  # the step of the last update made
-        self._actual = 0.0
+        self._actual, self._gone = 0.0, 0  # pruned: of the selected weights; of all parameters
         self.average = ParameterAverage()
         self._uses: UseCounter | None = None
         self._stash: dict[str, Any] | None = None
@@ -189,16 +189,15 @@ class MaskCallback(L.Callback):
             if self.settings.initial_sparsity == "from_model":
                 for target in self._targets:
                     masks[target.name] = target.local != 0
-        if self._length is not None:
-            checks.check_enough_steps(self._timeline, self._offset, self._length, self.name)
-        elif told is not None:
-            checks.check_enough_steps(self._timeline, 0, told, self.name)
+        length, offset = (told, 0) if self._length is None else (self._length, self._offset)
+        if length is not None:
+            checks.check_enough_steps(self._timeline, offset, length, self.name)
         if self.settings.budget == "macs" and not self.policy.costs:
             checks.check_macs_known(self._timeline, self.step, self.name)
             self._uses = UseCounter(self._members.selected)
             self._uses.open()
         self._project()
-        self._actual = pruned_fraction(masks, self._members.selected, self._shards)
+        self._take_stock()
         if not self.average.total:
             self.average.begin(pl_module, self._members.selected, self.step)
 
@@ -227,10 +226,7 @@ class MaskCallback(L.Callback):
             self.policy.check(self._members.ranked, self.sparsity, self._shards)
 
     def on_before_optimizer_step(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        optimizer: torch.optim.Optimizer,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Keeps pruned entries out of the norm that clipping sees."""
         if not trainer.gradient_clip_val:
@@ -254,7 +250,7 @@ class MaskCallback(L.Callback):
     ) -> None:
         """Updates the masks when the optimizer's steps have reached the next update, and logs."""
         self._stop_counting(pl_module)
-        self.average.count(self.step, 1 - self._actual)
+        self.average.count(self.step, 1 - self._actual, self._gone)
         self._update_if_due()
         if not trainer.barebones:
             for name, value in self._levels().items():
@@ -283,7 +279,12 @@ class MaskCallback(L.Callback):
             masks[target.name] = mask
             self._write(target)
         agree(((n, pack(m)) for n, m in masks.items()), shards=self._shards)
+        self._take_stock()
+
+    def _take_stock(self) -> None:
+        masks, covered = self._ready(), self._targets if self.covers == "weight" else ()
         self._actual = pruned_fraction(masks, self._members.selected, self._shards)
+        self._gone = pruned_count(masks, covered, self._shards)
 
     def _write(self, target: Target) -> None:
         masks = self._ready()
@@ -385,7 +386,7 @@ class MaskCallback(L.Callback):
         self._counter.start_at(restored.counts)
         self._updated, self._offset = restored.updated, restored.offset
         self._timeline = restored.schedule
-        self.average = ParameterAverage(**state["average"])
+        self.average = ParameterAverage(**state.get("average", {}))
         if self.settings.budget == "macs":
             self.policy = self.policy.with_costs(restored.costs)
 

@@ -144,6 +144,7 @@ class CompactingCallback(ObservingCallback):
         super().on_train_start(trainer, pl_module)
         if self._removed is not None:
             self._actual = actual
+            self._gone = self.average.missing(pl_module)
 
     def on_train_batch_end(
         self,
@@ -158,6 +159,7 @@ class CompactingCallback(ObservingCallback):
         due = self.compact == "early" and self.finished and self._removed is None
         if due and self.sparsity > 0:
             self._cut(trainer, pl_module)
+            self._gone = self.average.missing(pl_module)
             counts = self._counter.counts
             self._counter.attach(trainer.optimizers, (), self._after_step, ())
             self._counter.start_at(counts)

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import nn
 
 from lightning_prune.allocation import Allocation, as_allocation
+from lightning_prune.callbacks.checks import ready
 from lightning_prune.callbacks.settings import Basis, Budget, Settings
 from lightning_prune.callbacks.structured import StructuredCallback
 from lightning_prune.compute import share_of_compute
@@ -128,7 +129,7 @@ class GradualMagnitudePruning(StructuredCallback):
             uniform=uniform,
             compact=compact,
         )
-        self._share = 1.0  # of a step's compute, what the selected weights take
+        self._share: float | None = None  # of a step's compute, what the selected weights take
 
     def members(self, model: nn.Module) -> Members:
         """What is selected, and all else that goes with it; finds out what it costs."""
@@ -141,7 +142,9 @@ class GradualMagnitudePruning(StructuredCallback):
         self, selection: Selection, total_steps: int | None, *, squeeze: bool = False
     ) -> Timeline:
         """The schedule on a run of so many optimizer steps, by steps or by compute."""
-        return self.settings.lay_out(self._begun(selection), total_steps, squeeze, self._share)
+        by_steps = self.settings.basis == "steps"
+        share = 1.0 if by_steps else ready(self._share, self.name, "members")
+        return self.settings.lay_out(self._begun(selection), total_steps, squeeze, share)
 
 
 def _as_criterion(value: str | Criterion) -> Criterion:

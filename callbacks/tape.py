@@ -120,6 +120,7 @@ class Tape:
             for average in vars(callback).values():
                 if isinstance(average, AveragedModel):
                     _copy(self._parts()[0], average.module)
+                    average.n_averaged.zero_()  # its next update is its first
 
     def _parts(self) -> tuple[dict[str, Tensor], list[torch.optim.Optimizer], list[Scheduler]]:
         if self._trainer is None or self._module is None:

@@ -43,7 +43,7 @@ def compute_until(laid: Timeline, step: int, share: float) -> float:
 
 
 def share_of_compute(model: nn.Module, selected: Sequence[Target]) -> float:
-    """What the selected weights take of a step's compute, in (0, 1].
+    """What the selected weights take of a step's compute, in [0, 1].
 
     Every weight that is multiplied counts once, selected or not: those of Linear, Conv1D and Conv
     modules, output heads included. So a convolution counts by its weights and not by how often
@@ -53,11 +53,12 @@ def share_of_compute(model: nn.Module, selected: Sequence[Target]) -> float:
         model: The network, before anything is cut out of it.
         selected: The weights that are pruned.
     """
-    sizes = {id(t.parameter): t.size for t in selected}
-    asked = sum(sizes.values())
+    looked_up = nn.Embedding | nn.EmbeddingBag
+    sizes = {id(t.parameter): t.size for t in selected if not isinstance(t.module, looked_up)}
     for module in model.modules():
         if multiplies(module) and isinstance(module.weight, Tensor):
             sizes[id(module.weight)] = module.weight.numel()
+    asked = sum(sizes.get(id(t.parameter), 0) for t in selected)
     return asked / max(1, sum(sizes.values()))
 
 
@@ -136,10 +137,10 @@ def timeline_by_compute(
             squeeze=squeeze,
         )
 
-    if squeeze and total < 2:  # fast_dev_run
+    if squeeze and total < max(2, least):  # fast_dev_run
         return lay(start, end)
     first, last = round(start * total), total if once else round(end * total)
-    for _ in range(_ROUNDS):
+    for _ in range(_ROUNDS if total >= max(2, least) else 0):
         first = min(max(first, 0), total - least)
         last = min(max(last, first + least, 2), total)
         first, last = _better(lay(first, last), first, last, start, end, total, share)

@@ -13,7 +13,15 @@ from lightning_prune.errors import refusal
 from lightning_prune.flags import count_true
 from lightning_prune.targets import Target
 
-__all__ = ["MaskSet", "constant", "pack", "pruned_fraction", "unpack", "zero_fraction"]
+__all__ = [
+    "MaskSet",
+    "constant",
+    "pack",
+    "pruned_count",
+    "pruned_fraction",
+    "unpack",
+    "zero_fraction",
+]
 
 
 def constant(shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
@@ -190,11 +198,18 @@ class MaskSet(Mapping[str, Tensor]):
             self[name] = _collapsed(given) if _repeats(mask) else given
 
 
+def pruned_count(masks: MaskSet, targets: Sequence[Target], shards: Shards) -> int:
+    """How many entries of these weights masks prune, over all ranks."""
+    return _count(_pruned(masks, targets), targets, shards)
+
+
 def pruned_fraction(masks: MaskSet, targets: Sequence[Target], shards: Shards) -> float:
     """The fraction of the selected weights that masks prune, in [0, 1], over all ranks."""
-    return _fraction(
-        {t.name: masks[t.name].numel() - masks.kept(t.name) for t in targets}, targets, shards
-    )
+    return _fraction(_pruned(masks, targets), targets, shards)
+
+
+def _pruned(masks: MaskSet, targets: Sequence[Target]) -> dict[str, int]:
+    return {t.name: masks[t.name].numel() - masks.kept(t.name) for t in targets}
 
 
 def zero_fraction(targets: Sequence[Target], shards: Shards) -> float:
@@ -204,5 +219,9 @@ def zero_fraction(targets: Sequence[Target], shards: Shards) -> float:
 
 
 def _fraction(counts: Mapping[str, int], targets: Sequence[Target], shards: Shards) -> float:
+    return _count(counts, targets, shards) / max(1, sum(t.size for t in targets))
+
+
+def _count(counts: Mapping[str, int], targets: Sequence[Target], shards: Shards) -> int:
     mine = sum(counts[t.name] for t in targets if t.sharded or shards.rank == 0)
-    return int(shards.sum(torch.tensor(mine))) / max(1, sum(t.size for t in targets))
+    return int(shards.sum(torch.tensor(mine)))

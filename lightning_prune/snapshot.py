@@ -213,7 +213,10 @@ def _mapped(nest: _Nest, move: _Move) -> _Nest:
     if isinstance(nest, Tensor):
         return move(nest)
     if isinstance(nest, dict):
-        return {key: _mapped(value, move) for key, value in nest.items()}
+        found = copy.copy(nest)  # of its own kind: MultiStepLR's milestones are a Counter
+        for key, value in nest.items():
+            found[key] = _mapped(value, move)
+        return found
     if type(nest) in (list, tuple):
         return type(nest)(_mapped(value, move) for value in nest)
     return copy.deepcopy(nest)

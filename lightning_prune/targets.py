@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_prune.errors import refusal
 
-__all__ = ["Excluded", "Layout", "Selection", "Target", "as_globs", "canonical_name"]
+__all__ = ["Excluded", "Layout", "Selection", "Target", "as_globs", "canonical_name", "multiplies"]
 __all__ += ["is_transposed_linear", "select"]
 
 Layout = Literal["linear", "transposed", "conv", "experts", "experts_transposed", "vector", "table"]

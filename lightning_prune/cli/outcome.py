@@ -27,7 +27,7 @@ __all__ = [
     "RunFolder",
     "average_parameters",
     "check_merged",
-    "law_of",
+    "load_law",
     "main_metric",
     "sparsity_of",
     "write",
@@ -210,7 +210,7 @@ def average_parameters(module: nn.Module, callbacks: Iterable[MaskCallback]) -> 
     return averages[0].total - sum(average.pruned for average in averages)
 
 
-def law_of(path: str | None) -> ScalingLaw | None:
+def load_law(path: str | None) -> ScalingLaw | None:
     """The law that a run is held against; refused where it needs more than the run knows."""
     if path is None:
         return None

@@ -27,7 +27,7 @@ from lightning_prune.cli.outcome import (
     RunFolder,
     average_parameters,
     check_merged,
-    law_of,
+    load_law,
     sparsity_of,
     write,
 )
@@ -197,7 +197,7 @@ class PruneCLI(LightningCLI):
                 allowed="true beside at least one callback of lightning_prune.callbacks",
                 fix="add one to trainer.callbacks, or write compare_dense: false",
             )
-        self._law = law_of(self.options["scaling_law"])
+        self._law = load_law(self.options["scaling_law"])
         check_merged(self.trainer.callbacks)  # type: ignore[attr-defined]
         fast, resumes = self.trainer.fast_dev_run, self.options.get("ckpt_path")  # type: ignore[attr-defined]
         if self.options["train_teacher"] and not (fast or resumes):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from lightning_prune.errors import refusal
 __all__ = ["ScalingLaw", "ScalingRun", "fit_scaling_law"]
 
 # Where the search begins: shares of the lowest loss that no size would undercut, and exponents.
-_FLOORS, _EXPONENTS = (0.2, 0.5, 0.8, 0.95), (0.1, 0.3, 0.6, 1.0)
+_FLOORS, _EXPONENTS = (0.2, 0.6, 0.9), (0.1, 0.3, 0.8)
+_SPREAD, _GAIN = 1.2, 1e-4  # the least ratio of sizes, and share of the floor that size tells
 _HUBER = 1e-3  # as in the source: of the logarithm of the loss
 
 
@@ -43,11 +44,12 @@ class ScalingRun:
         """Checks the numbers."""
         for what in ("parameters", "loss", "tokens"):
             value = getattr(self, what)
-            if value is not None and not (math.isfinite(value) and value > 0):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and math.isfinite(value) and value > 0):
                 raise refusal(
                     "A law is fitted to positive numbers",
                     where=f"run {self.name!r}, {what}",
-                    got=value,
+                    got=repr(value),
                     allowed="a finite number > 0",
                     fix="leave the run out",
                 )
@@ -133,10 +135,11 @@ def fit_scaling_law(runs: Sequence[ScalingRun]) -> ScalingLaw:
 
     Args:
         runs: At least three of different sizes; where they have seen different numbers of tokens,
-            at least five, with the tokens of each.
+            at least five, of at least three such numbers.
 
     Raises:
-        PruneError: There are too few runs, or tokens of some only.
+        PruneError: There are too few runs, of sizes too alike, or with tokens of some only; or the
+            loss does not fall with the size.
 
     Example:
         >>> runs = [ScalingRun(name="", parameters=n, loss=1 + 8 / n**0.5) for n in (1, 4, 16, 64)]
@@ -153,37 +156,64 @@ def fit_scaling_law(runs: Sequence[ScalingRun]) -> ScalingLaw:
             allowed="tokens of all runs, or of none",
             fix="give them, or leave them out where all runs have seen the same",
         )
-    by_data = len(set(known)) > 1
+    lengths = len(set(known))
+    by_data = lengths > 1
     needed = 5 if by_data else 3
     sizes = len({run.parameters for run in runs})
-    if len(runs) < needed or sizes < 3:
+    if len(runs) < needed or sizes < 3 or lengths == 2:
         raise refusal(
             "Too few runs for a law",
             where="fit_scaling_law(runs=...)",
-            got=f"{len(runs)} runs of {sizes} sizes",
-            allowed=f"at least {needed} runs, of at least 3 sizes",
-            fix="train dense networks of more sizes",
+            got=f"{len(runs)} runs of {sizes} sizes" + f" and {lengths} lengths" * by_data,
+            allowed=f"at least {needed} runs, of at least 3 sizes" + " and 3 lengths" * by_data,
+            fix="train dense networks of more sizes" + ", each for more lengths" * by_data,
+        )
+    least, most = (pick(run.parameters for run in runs) for pick in (min, max))
+    if most < _SPREAD * least:
+        raise refusal(
+            "Sizes are too alike for a law",
+            where="fit_scaling_law(runs=...)",
+            got=f"from {least:,.0f} to {most:,.0f} parameters",
+            allowed=f"sizes up to {_SPREAD} times the smallest, or more",
+            fix="train dense networks of other sizes",
         )
     x_N, centre = _centred([run.parameters for run in runs])
     d_N, data_centre = _centred([run.tokens for run in runs if run.tokens] if by_data else [1.0])
     loss_N = torch.tensor([run.loss for run in runs], dtype=torch.float64)
-    found = min(
-        (
-            _descend(x_N, d_N if by_data else None, loss_N, *at)
-            for at in product(_FLOORS, _EXPONENTS)
-        ),
-        key=lambda item: item[0],
-    )[1]
-    floor, scale, exponent, *data = found
-    law = {
-        "floor": math.exp(floor),
-        "exponent": math.exp(exponent),
-        "scale": math.exp(scale + math.exp(exponent) * centre),
-    }
-    if data:
-        law["data_exponent"] = math.exp(data[1])
-        law["data_scale"] = math.exp(data[0] + law["data_exponent"] * data_centre)
-    return ScalingLaw(**law)
+    starts = product(_FLOORS, _EXPONENTS)
+    reached = [_descend(x_N, d_N if by_data else None, loss_N, *at) for at in starts]
+    laws = (_law(values, centre, data_centre) for _, values in sorted(reached))
+    fitted = next((law for law in laws if law is not None), None)
+    gain = 0.0
+    if fitted is not None:
+        falls = [math.pow(size, -fitted.exponent) for size in (least, most)]
+        gain = fitted.scale * (falls[0] - falls[1])
+    if fitted is None or not gain > _GAIN * fitted.floor:
+        raise refusal(
+            "The loss does not fall with the size, so no law tells it",
+            where="fit_scaling_law(runs=...)",
+            got=", ".join(f"{run.parameters:,.0f}: {run.loss:.4g}" for run in runs[:8]),
+            allowed="losses that are lower for larger networks",
+            fix="train for longer, or leave out runs that went wrong",
+        )
+    return fitted
+
+
+def _law(values: Sequence[float], centre: float, data_centre: float) -> ScalingLaw | None:
+    """The law whose logarithms these are, of centred sizes; None where a number is too large."""
+    floor, scale, exponent, *data = values
+    try:
+        law = ScalingLaw(
+            floor=math.exp(floor),
+            exponent=math.exp(exponent),
+            scale=math.exp(scale + math.exp(exponent) * centre),
+        )
+        if not data:
+            return law
+        falls = math.exp(data[1])
+        return replace(law, data_exponent=falls, data_scale=math.exp(data[0] + falls * data_centre))
+    except OverflowError:
+        return None
 
 
 def _centred(values: Sequence[float]) -> tuple[Tensor, float]:
@@ -203,7 +233,7 @@ def _descend(
         start = [*start[:1], above - math.log(2), start[2], above - math.log(2), math.log(exponent)]
     at = torch.tensor(start, dtype=torch.float64, requires_grad=True)
     search = torch.optim.LBFGS(
-        [at], max_iter=300, tolerance_grad=1e-13, tolerance_change=1e-16,
+        [at], max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-14,
         history_size=20, line_search_fn="strong_wolfe",
     )  # fmt: skip
 

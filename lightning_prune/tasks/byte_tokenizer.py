@@ -42,6 +42,7 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
     found: PreTrainedTokenizerBase = fast(
         tokenizer_object=core,
         eos_token=END,
+        pad_token=END,  # what is padded is masked
         mask_token=MASK,
         clean_up_tokenization_spaces=False,
         split_special_tokens=True,  # a text that spells out a special token is bytes, too

@@ -11,10 +11,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_prune import plan
-from lightning_prune.callbacks import GradualMagnitudePruning
+from lightning_prune.callbacks import DiffPruning, GradualMagnitudePruning
 from lightning_prune.compute import share_of_compute
 from lightning_prune.targets import select
 from tests.conformance.toy import Toy, train
+from tests.conformance.units import Units
 from tests.refusals import refused
 
 
@@ -97,7 +98,11 @@ def test_what_is_not_selected_costs_as_ever() -> None:
     assert share_of_compute(net, one) == 200 / 300
     assert share_of_compute(net, select(net).targets) == 1
     embedding = select(net, ["0.weight"]).targets
-    assert share_of_compute(net, embedding) == 50 / 350
+    assert share_of_compute(net, embedding) == 0
+    assert share_of_compute(net, [*embedding, *one]) == 200 / 300
+    net[3] = nn.Linear(10, 5)
+    net[3].weight = net[0].weight  # a tied head multiplies
+    assert share_of_compute(net, embedding) == 50 / 250
 
 
 def test_shares_are_fractions() -> None:
@@ -113,14 +118,63 @@ def test_shares_that_no_steps_have_are_refused_before_the_first_batch() -> None:
         train(Toy(), callback, max_steps=10)
 
 
+def test_a_run_shorter_than_the_way_between_updates_is_refused() -> None:
+    with refused(what="No steps of this run have these shares", got="50 steps"):
+        plan(Toy(), GradualMagnitudePruning(0.5, every=100, basis="compute"), 50)
+
+
 def test_an_unknown_length_is_refused() -> None:
     with refused(what="need its length"):
         plan(Toy(), GradualMagnitudePruning(0.5, basis="compute"), None)
 
 
-def test_a_run_of_one_step_makes_all_updates() -> None:
-    callback = GradualMagnitudePruning(0.5, basis="compute")
-    train(Toy(), callback, fast_dev_run=True, max_steps=-1)
+@pytest.mark.parametrize(("steps", "every"), [(1, None), (2, 10), (3, 10)])
+def test_a_run_of_few_steps_makes_all_updates(steps: int, every: int | None) -> None:
+    callback = GradualMagnitudePruning(0.5, every=every, basis="compute")
+    train(Toy(), callback, fast_dev_run=steps, max_steps=-1)
     zeros = sum(int((~m).sum()) for m in callback.masks.values())
     assert zeros == round(0.5 * sum(m.numel() for m in callback.masks.values()))
     assert not torch.stack([m.all() for m in callback.masks.values()]).all()
+
+
+class Counted(L.Callback):
+    """How many parameters are not zero before each step; stands after the pruning callback."""
+
+    def __init__(self) -> None:
+        self.left: list[int] = []
+
+    def on_train_batch_start(self, trainer, pl_module, *_) -> None:
+        self.left.append(sum(int(torch.count_nonzero(p)) for p in pl_module.parameters()))
+
+
+@pytest.mark.parametrize("compact", [True, "early"])
+def test_what_goes_along_with_units_counts(compact: bool | str) -> None:
+    """Neurons with their biases, channels with their norms and embeddings."""
+    callback, counted = (
+        GradualMagnitudePruning(
+            0.5,
+            start=2,
+            end=6,
+            every=2,
+            units=["ffn", "hidden"],
+            compact=compact,
+        ),
+        Counted(),
+    )
+    module = Units()
+    with torch.no_grad():  # so that nothing but masks makes zeros
+        for parameter in module.parameters():
+            parameter.add_(torch.rand_like(parameter) * 1e-3 + 1e-4)
+    whole = total(module)
+    train(module, callback, counted)
+    mean = sum(counted.left) / len(counted.left)
+    assert callback.average.total == whole
+    assert callback.average.parameters == pytest.approx(mean, rel=2e-3)
+    assert callback.average.parameters < 0.9 * whole
+
+
+def test_a_pruned_difference_leaves_the_network_dense() -> None:
+    callback, module = DiffPruning(0.5), Toy()
+    train(module, callback)
+    assert callback.average.parameters == total(module)
+    assert callback.average.steps == 10

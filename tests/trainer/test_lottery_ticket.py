@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -298,7 +298,23 @@ def test_moving_averages_begin_anew_at_a_rewind():
             seen[trainer.global_step] = all(torch.equal(p, a) for p, a in pairs)
 
     train(Toy(), average, ticket, Look())
-    assert [step for step, same in seen.items() if same] == [1, 4, 7]
+    assert [step for step, same in seen.items() if same] == [1, 4, 5, 7, 8]
+
+
+def test_plain_averages_are_of_the_last_round_alone():
+    ticket, average = LotteryTicket(0.5, rounds=2, rewind=1), WeightAveraging()
+    seen = []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+            seen.append({n: p.detach().clone() for n, p in module.named_parameters()})
+
+    model = Toy()
+    train(model, average, ticket, Look())
+    last = seen[7:]  # steps 8, 9 and 10, after the rewind at step 7
+    for name, value in model.named_parameters():
+        mean = torch.stack([weights[name].double() for weights in last]).mean(0)
+        torch.testing.assert_close(value.double(), mean, atol=1e-6, rtol=1e-5)
 
 
 def test_a_run_that_a_scaler_cuts_short_is_pruned_at_its_end_and_not_rewound():

@@ -37,6 +37,7 @@ ROOMS = [
         "rounds",
         "controls",
         "early_bird",
+        "parameter_average",
         "usage",
         "followers",
     ],

@@ -37,6 +37,15 @@ SCHEDULERS = {
         ],
         [3],
     ),
+    "milestones": lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [2, 3, 5]),
+    "warm-up and milestones": lambda o: torch.optim.lr_scheduler.SequentialLR(
+        o,
+        [
+            torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=3),
+            torch.optim.lr_scheduler.MultiStepLR(o, [1, 4]),
+        ],
+        [3],
+    ),
     "plateau": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0),
 }
 

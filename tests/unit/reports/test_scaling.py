@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import random
 from pathlib import Path
 
 import pytest
 
+from lightning_prune.errors import PruneError
 from lightning_prune.reports import ScalingLaw, ScalingRun, fit_scaling_law, plot_scaling
 from tests.refusals import refused
 
@@ -67,9 +70,17 @@ def test_one_run_that_went_wrong_does_not_move_the_law() -> None:
     assert found.residual(made[5]) == pytest.approx(0.2, abs=0.02)
 
 
-def test_runs_that_gain_nothing_by_size_have_a_flat_law() -> None:
-    found = fit_scaling_law([ScalingRun(name="", parameters=n, loss=2.0) for n in SIZES])
-    assert all(found.predict(n) == pytest.approx(2.0, rel=1e-4) for n in SIZES)
+@pytest.mark.parametrize("losses", [(2.0,) * 4, (1.0, 2.0, 3.0, 4.0), (2.0, 1.0, 2.0, 3.0)])
+def test_losses_that_do_not_fall_with_size_have_no_law(losses: tuple[float, ...]) -> None:
+    made = [ScalingRun(name="", parameters=n, loss=x) for n, x in zip(SIZES, losses, strict=True)]
+    with refused(what="does not fall with the size"):
+        fit_scaling_law(made)
+
+
+def test_sizes_that_are_too_alike_are_refused() -> None:
+    made = [ScalingRun(name="", parameters=n, loss=2 - n / 1e4) for n in (1000, 1050, 1100)]
+    with refused(what="too alike", got="1,000 to 1,100"):
+        fit_scaling_law(made)
 
 
 def test_it_comes_back_from_its_file(tmp_path: Path) -> None:
@@ -86,7 +97,7 @@ def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
         ScalingLaw.load(tmp_path / "other.json")
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf, "2", True])
 @pytest.mark.parametrize("field", ["parameters", "loss", "tokens"])
 def test_numbers_that_are_not_positive_are_refused(field: str, value: float) -> None:
     given = {"parameters": 1.0, "loss": 1.0, "tokens": 1.0} | {field: value}
@@ -100,6 +111,29 @@ def test_too_few_runs_are_refused() -> None:
     four = [ScalingRun(name="", parameters=n, loss=2, tokens=n) for n in SIZES]
     with refused(what="Too few runs", allowed="at least 5"):
         fit_scaling_law(four)
+    two = [
+        ScalingRun(name="", parameters=n, loss=2 - n / 1e7, tokens=d)
+        for n in SIZES
+        for d in (1e6, 1e7)
+    ]
+    with refused(what="Too few runs", got="2 lengths", allowed="3 lengths"):
+        fit_scaling_law(two)
+
+
+def test_noise_alone_gives_a_law_or_a_refusal() -> None:
+    """Nearly flat losses, of which a scale would be too large a number."""
+    draw = random.Random(0)
+    for _ in range(6):
+        made = [
+            ScalingRun(name="", parameters=draw.uniform(2e5, 1.2e6), loss=2 + draw.gauss(0, 0.05))
+            for _ in range(4)
+        ]
+        with contextlib.suppress(PruneError):
+            law = fit_scaling_law(made)
+            assert all(math.isfinite(law.predict(run.parameters)) for run in made)
+    sizes = {1055947: 2.039, 1005137: 2.011, 278637: 2.008, 271779: 2.123}
+    with contextlib.suppress(PruneError):
+        fit_scaling_law([ScalingRun(name="", parameters=n, loss=x) for n, x in sizes.items()])
 
 
 def test_tokens_of_some_runs_only_are_refused() -> None:

@@ -39,6 +39,9 @@ def test_stock_transformers_loads_it(tmp_path: Path) -> None:
     assert loaded(text)["input_ids"] == list(text.encode())
     assert loaded.decode(list(text.encode())) == text
     assert (loaded.eos_token, loaded.mask_token) == (END, MASK)
+    padded = loaded(["a", "abc"], padding=True)
+    assert padded["input_ids"] == [[97, 256, 256], [97, 98, 99]]
+    assert padded["attention_mask"] == [[1, 0, 0], [1, 1, 1]]
 
 
 def test_its_name_is_bytes() -> None:

@@ -21,32 +21,40 @@ class ParameterAverage:
         selected: Those that the callback selects.
         steps: How many steps are in the mean.
         kept: Sum of the densities of the selected weights, one for each step.
+        gone: Sum of how many parameters were pruned, or cut out already, one for each step; with
+            what goes along with the selected weights, such as biases of their rows.
 
     Source: Jin et al. 2025, arXiv:2501.12486: the average parameter count over training takes the
     place of the parameter count in scaling laws.
 
     Example:
         >>> found = ParameterAverage(total=110, selected=100)
-        >>> found.count(10, density=1.0)
-        >>> found.count(20, density=0.5)
+        >>> found.count(10, density=1.0, gone=0)
+        >>> found.count(20, density=0.5, gone=52)
         >>> found.density, found.parameters
-        (0.75, 85.0)
+        (0.75, 84.0)
     """
 
     total: int = 0
     selected: int = 0
     steps: int = 0
     kept: float = 0.0
+    gone: int = 0
 
     def begin(self, module: nn.Module, selected: Sequence[Target], step: int) -> None:
         """Counts the module's parameters; the steps that were made before kept all of them."""
-        self.total = sum(p.numel() for p in module.parameters())
+        self.total = _parameters(module)
         self.selected = sum(target.size for target in selected)
-        self.count(step, density=1.0)
+        self.count(step, density=1.0, gone=0)
 
-    def count(self, step: int, density: float) -> None:
+    def missing(self, module: nn.Module) -> int:
+        """How many parameters a module has lost since training began."""
+        return self.total - _parameters(module)
+
+    def count(self, step: int, density: float, gone: int) -> None:
         """Counts the steps since the last call, all made at a density in [0, 1]."""
         self.kept += (step - self.steps) * density
+        self.gone += (step - self.steps) * gone
         self.steps = step
 
     @property
@@ -56,14 +64,18 @@ class ParameterAverage:
 
     @property
     def pruned(self) -> float:
-        """How many weights were zero on average."""
-        return self.selected * (1 - self.density)
+        """How many parameters were pruned on average."""
+        return self.gone / self.steps if self.steps else 0.0
 
     @property
     def parameters(self) -> float:
-        """How many parameters the module had on average, without those that were zero."""
+        """How many parameters the module had on average, without those that were pruned."""
         return self.total - self.pruned
 
     def state_dict(self) -> dict[str, int | float]:
         """Primitives for a checkpoint, named like the arguments."""
         return asdict(self)
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
