@@ -4,6 +4,7 @@ import copy
 import json
 from pathlib import Path
 
+import torch
 import yaml
 
 from lightning_prune.cli.cells import Cell, FitFile
@@ -77,3 +78,10 @@ def report(loss=1.0, zeros=80):
 
 def finish(folder, **numbers):
     (Path(folder) / "report.json").write_text(json.dumps(report(**numbers)), encoding="utf-8")
+
+
+def checkpoint(path, *, weights_only=False):
+    """A file as ModelCheckpoint leaves it."""
+    held = {"state_dict": {"w": torch.zeros(2)}, "loops": {}, "optimizer_states": []}
+    names = ["state_dict"] if weights_only else list(held)
+    torch.save({name: held[name] for name in names}, path)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lightning_prune.callbacks import LotteryTicket
 from lightning_prune.callbacks.base import MaskCallback
 from lightning_prune.cli.cells import (
     Cell,
@@ -91,6 +92,13 @@ def _baseline(
         )
     if kind == "small_dense":
         return _narrower(config, fit, trial, callback)
+    if isinstance(callback, LotteryTicket):
+        raise _refused(
+            kind,
+            f"{fit.kind}, whose rounds a simpler callback does not have",
+            "dense, small_dense, and the ticket's own controls",
+            f"leave {kind} out, and add pruning.control: [null, random_mask, reinit] to the grid",
+        )
     adapted = trial.model.get("init_args", {}).get("adapters") is not None
     if callback.settings.frozen is True or (callback.settings.frozen and adapted):
         raise _refused(

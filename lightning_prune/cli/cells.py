@@ -28,6 +28,9 @@ __all__ = [
 # What a sweep decides itself.
 _OURS = ("output_dir", "compare_dense", "ckpt_path")
 
+# A class begins with a capital and is no word in capitals, as the ending of a file may be.
+_CLASS = re.compile(r"([A-Za-z_]\w*\.)+(?P<name>[A-Z]\w*[a-z]\w*)")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitFile:
@@ -114,7 +117,7 @@ def name_of(values: Mapping[str, Any], keys: Iterable[str], kind: str = "") -> s
         short = key.rpartition(".")[2]
         if ends[short] > 1:
             short = key.replace("init_args.", "")
-        words.append(f"{short.removesuffix('_everything')}={_word(value)}")
+        words.append(f"{_safe(short.removesuffix('_everything'))}={_word(value)}")
     return ",".join(words)
 
 
@@ -123,13 +126,18 @@ def _word(value: Any) -> str:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, dict):
         inner = value.get("init_args", {}) if "class_path" in value else value
-        head = [_word(value["class_path"])] if "class_path" in value else []
-        return "+".join([*head, *(f"{k}-{_word(v)}" for k, v in inner.items())]) or "empty"
+        head = [str(value["class_path"]).rpartition(".")[2]] if "class_path" in value else []
+        pairs = inner.items() if isinstance(inner, dict) else ()
+        return _safe("+".join([*head, *(f"{k}-{_word(v)}" for k, v in pairs)])) or "empty"
     if isinstance(value, list):
         return "+".join(map(_word, value)) or "empty"
     text = str(value)
-    if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", text):
-        text = text.rpartition(".")[2]  # of a class's path, the class
+    path = _CLASS.fullmatch(text)
+    return _safe(path["name"] if path else text)
+
+
+def _safe(text: str) -> str:
+    """A text without what the name of a folder cannot have, and without what parts our names."""
     return re.sub(r"[^A-Za-z0-9_.+-]+", "-", text)
 
 

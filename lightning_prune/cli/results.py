@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from lightning_prune.cli.cells import Cell
 from lightning_prune.cli.display import write_json
 from lightning_prune.cli.outcome import RunFolder, main_metric
 from lightning_prune.cli.sweep_file import Sweep
-from lightning_prune.errors import refusal
+from lightning_prune.errors import PruneError, refusal
 from lightning_prune.reports import ScalingLaw, ScalingRun, fit_scaling_law, plot_scaling
 from lightning_prune.reports.pareto import Point, plot_pareto
 from lightning_prune.reports.wording import count, percent, rich_table
@@ -27,6 +30,7 @@ __all__ = [
     "is_lower_better",
     "law_of",
     "row_of",
+    "show",
     "shown_metric",
     "table_of",
 ]
@@ -123,7 +127,10 @@ def is_lower_better(sweep: Sweep, metric: str) -> bool:
 
 
 def law_of(rows: Sequence[Row], metric: str) -> ScalingLaw | None:
-    """The scaling law of the dense cells; None where there are too few, or no losses of one length.
+    """The scaling law of the dense cells; None where there is none that holds for all cells.
+
+    These are losses of one length and of one setting: all that cells may differ in is the pruning,
+    the size of the baselines, and the seed. The losses fall with the size, of three or more.
 
     Args:
         rows: Finished cells.
@@ -131,10 +138,25 @@ def law_of(rows: Sequence[Row], metric: str) -> ScalingLaw | None:
     """
     dense = [row for row in rows if row.kind in _DENSE]
     sizes = {row.average_parameters for row in dense}
-    losses = "loss" in metric.lower() and all(row.metrics[metric] > 0 for row in rows)
+    values = [row.metrics[metric] for row in rows]
+    losses = "loss" in metric.lower() and all(v > 0 and math.isfinite(v) for v in values)
     if not losses or len(sizes) < 3 or len({row.steps for row in rows}) > 1:
         return None
-    return fit_scaling_law(_runs(dense, metric))
+    if any(_setting(row) != _setting(rows[0]) for row in rows):
+        return None
+    try:
+        return fit_scaling_law(_runs(dense, metric))
+    except PruneError:  # losses that do not fall with the size
+        return None
+
+
+def _setting(row: Row) -> dict[str, Any]:
+    """What a cell's values say besides the pruning and the seed."""
+    return {
+        key: value
+        for key, value in row.values.items()
+        if key != _SEED and not key.startswith("pruning.")
+    }
 
 
 def _runs(rows: Iterable[Row], metric: str) -> list[ScalingRun]:
@@ -155,6 +177,14 @@ def table_of(rows: Sequence[Row], metric: str) -> Table:
     predicted = () if law is None else ("predicted",)
     names = ("cell", "sparsity", "not zero", "on average", metric, *predicted, "seconds")
     return rich_table("Cells", names, [_words(row, metric, law) for row in rows])
+
+
+def show(table: Table, console: Console) -> None:
+    """Prints a table; where nobody watches, as in a log, it is as wide as it needs to be."""
+    if not console.is_terminal:
+        endless = console.options.update(max_width=10_000)
+        console.width = max(console.width, Measurement.get(console, endless, table).maximum)
+    console.print(table)
 
 
 def _words(row: Row, metric: str, law: ScalingLaw | None) -> tuple[str, ...]:

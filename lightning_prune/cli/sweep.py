@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shlex
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import torch
 import yaml
 from jsonargparse import ArgumentParser
 from rich.console import Console
@@ -29,9 +31,17 @@ from rich.text import Text
 from lightning_prune.cli.baselines import baseline_cells
 from lightning_prune.cli.cells import Cell, grid_cells, refuse_same_names
 from lightning_prune.cli.chatter import quieten
-from lightning_prune.cli.results import Row, collect, finished, row_of, shown_metric, table_of
+from lightning_prune.cli.results import (
+    Row,
+    collect,
+    finished,
+    row_of,
+    show,
+    shown_metric,
+    table_of,
+)
 from lightning_prune.cli.sweep_file import Sweep, read_sweep
-from lightning_prune.cli.trial import Reader, read_fit
+from lightning_prune.cli.trial import Reader, check_cell, read_fit
 from lightning_prune.errors import refusal
 
 __all__ = ["State", "command_of", "plan_sweep", "prepare", "run_cells", "run_sweep", "state_of"]
@@ -41,6 +51,12 @@ Runner: TypeAlias = Callable[[Sequence[str], Path], int]
 
 _TAIL = 12  # lines of a log
 _PATIENCE = 5.0  # seconds that a run has to end by itself
+
+# What torch says of files that are no checkpoints, or only a part of one.
+_BROKEN = (
+    *(OSError, EOFError, RuntimeError, pickle.UnpicklingError),
+    *(AttributeError, ImportError, LookupError, TypeError, ValueError),
+)
 
 
 def run_sweep(args: Sequence[str]) -> int:
@@ -83,8 +99,8 @@ def run_sweep(args: Sequence[str]) -> int:
     rows, left = _found(cells)
     if rows:
         written = collect(sweep, rows, left)
-        console.print(table_of(rows, shown_metric(sweep, rows)))
-        console.print("  ".join(map(str, written)))
+        show(table_of(rows, shown_metric(sweep, rows)), console)
+        console.print("  ".join(map(str, written)), soft_wrap=True)
     if stopped:
         console.print(f"stopped with {len(left)} cells to go: the same command goes on from here")
         return 130
@@ -105,7 +121,7 @@ def _parser() -> ArgumentParser:
         prog="lightning-prune sweep",
         description="Trains the cells of a grid and its baselines one after another, and draws "
         "their Pareto plot. Cells that are finished are not run again; one that was broken off "
-        "goes on from its last checkpoint, if there is one, and else begins anew.",
+        "goes on from its newest checkpoint that holds the whole state, else begins anew.",
         exit_on_error=False,
     )
     parser.add_argument(
@@ -144,12 +160,12 @@ def plan_sweep(path: str | Path) -> tuple[Sweep, tuple[Cell, ...]]:
     cells = grid_cells(sweep, fit)
     refuse_same_names(sweep, cells)
     for cell in cells:
-        read(cell.config, cell.name)
+        check_cell(cell, read(cell.config, cell.name))
     cells += baseline_cells(sweep, fit, read)
     refuse_same_names(sweep, cells)
     for cell in cells:
         if cell.kind != "pruned":
-            read(cell.config, cell.name)
+            check_cell(cell, read(cell.config, cell.name))
     return sweep, tuple(cells)
 
 
@@ -166,7 +182,7 @@ def _text(cell: Cell) -> str:
 
 
 def _checkpoints(cell: Cell) -> list[Path]:
-    """The checkpoints of a cell's own run, the last one first."""
+    """The checkpoints of a cell's own run, the newest first."""
     apart = ("dense", "teacher")
     found = [
         path
@@ -176,12 +192,28 @@ def _checkpoints(cell: Cell) -> list[Path]:
     return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
+def _resumable(cell: Cell) -> Path | None:
+    """The newest checkpoint that a run can go on from: a whole file with more than weights."""
+    for path in _checkpoints(cell):
+        try:
+            # Restricted as `fit` is; of tensors nothing is read.
+            held = torch.load(
+                path, map_location="cpu", mmap=True, weights_only=cell.config.get("weights_only")
+            )
+        except _BROKEN:
+            continue
+        if isinstance(held, dict) and {"loops", "optimizer_states"} <= held.keys():
+            return path
+    return None
+
+
 def state_of(cell: Cell) -> State:
     """How far a cell is.
 
     Returns:
-        "finished": its report is there; "begun": a checkpoint is; "new": neither is; "changed":
-        one is, and belongs to another configuration than the cell has now.
+        "finished": its report is there; "begun": a checkpoint is that it can go on from; "new":
+        neither is; "changed": a report or any checkpoint is, and belongs to another configuration
+        than the cell has now.
     """
     if not _written(cell).exists():
         return "new"
@@ -191,7 +223,9 @@ def state_of(cell: Cell) -> State:
     before = yaml.safe_load(_written(cell).read_text(encoding="utf-8"))
     if before != yaml.safe_load(_text(cell)):
         return "changed"
-    return "finished" if reported else "begun"
+    if reported:
+        return "finished"
+    return "new" if _resumable(cell) is None else "begun"
 
 
 def _refuse_changed(
@@ -241,12 +275,12 @@ def prepare(cell: Cell, state: State) -> None:
 
 
 def command_of(cell: Cell) -> list[str]:
-    """The command that runs a cell, in the present folder; from its last checkpoint, if any."""
+    """The command that runs a cell, in the present folder; from where it was broken off, if any."""
     # -P: a folder here may be called as a package that is needed.
     command = [sys.executable, "-P", "-m", "lightning_prune.cli", "fit"]
     command += ["--config", str(_written(cell))]
-    checkpoints = _checkpoints(cell)
-    return [*command, "--ckpt_path", str(checkpoints[0])] if checkpoints else command
+    checkpoint = _resumable(cell)
+    return command if checkpoint is None else [*command, "--ckpt_path", str(checkpoint)]
 
 
 # The runs -----------------------------------------------------------------------------------------

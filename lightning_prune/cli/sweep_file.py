@@ -112,13 +112,24 @@ def read_sweep(path: str | Path) -> Sweep:
     return Sweep(
         source=source,
         fit=fit,
-        output_dir=folder,
+        output_dir=_at_home(source, folder),
         metric=metric,
         lower_is_better=lower,
         baselines=_baselines(source, given.get("baselines")),
         grid=grid,
         cells=cells,
     )
+
+
+def _at_home(source: str, folder: str) -> str:
+    """A folder with the home folder in place of `~`, which only a shell would read."""
+    if not folder.startswith("~"):
+        return folder
+    try:
+        return str(Path(folder).expanduser())
+    except RuntimeError as error:  # no such user
+        allowed = "a folder; ~ is the home folder"
+        raise sweep_refused(source, "output_dir", folder, allowed, f"write ./{folder}") from error
 
 
 def _mapping(path: Path, where: str) -> dict[str, Any]:

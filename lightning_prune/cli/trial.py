@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
+import json
+import pkgutil
 import tempfile
 from argparse import ArgumentError
 from collections.abc import Mapping
@@ -16,13 +19,19 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_prune.callbacks.base import MaskCallback
-from lightning_prune.cli.cells import FitFile
+from lightning_prune.cli.cells import Cell, FitFile
 from lightning_prune.cli.commands import explain
 from lightning_prune.cli.recipe import PruneCLI
 from lightning_prune.cli.sweep_file import Sweep
-from lightning_prune.errors import refusal
+from lightning_prune.errors import PruneError, refusal
+from lightning_prune.tasks import CausalLM, MaskedLM
+from lightning_prune.tasks.pretrained import Objective
+from lightning_prune.tasks.smaller import count_parameters
 
-__all__ = ["Reader", "Trial", "read_fit"]
+__all__ = ["Reader", "Trial", "check_cell", "read_fit"]
+
+# What a network says, besides ValueErrors, of sizes that do not go together.
+_IMPOSSIBLE = (ValueError, ArithmeticError, AssertionError, AttributeError, LookupError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,11 +42,13 @@ class Trial:
         callbacks: The Trainer's callbacks.
         arguments: Of each of them, those that were left out with their defaults.
         model: The model's class and arguments.
+        trainer: The Trainer's arguments.
     """
 
     callbacks: tuple[L.Callback, ...]
     arguments: tuple[Mapping[str, Any], ...]
     model: Mapping[str, Any]
+    trainer: Mapping[str, Any]
 
 
 class _Parser(PruneCLI):
@@ -86,19 +97,14 @@ class Reader:
                 message = explain(error)
                 if message is None:
                     raise
-                raise refusal(
-                    "A cell of the sweep cannot be run",
-                    where=where,
-                    got=" ".join(message.split()),
-                    allowed="what lightning-prune fit takes",
-                    fix="correct the fit file or the grid",
-                ) from error
+                raise _refused(where, message) from error
         given = read.options["trainer"]["callbacks"] or []
         listed = given if isinstance(given, list) else [given]
         return Trial(
             callbacks=tuple(read.found),
             arguments=tuple(one.as_dict().get("init_args", {}) for one in listed),
             model=read.options["model"].as_dict(),
+            trainer=read.options["trainer"].as_dict(),
         )
 
     def _parse(self, args: list[str]) -> _Parser:
@@ -109,6 +115,86 @@ class Reader:
             self._parser.before_instantiate_classes()
             self._parser.instantiate_classes()
         return self._parser
+
+
+def check_cell(cell: Cell, trial: Trial) -> None:
+    """Refuses what `fit` takes and a sweep cannot, and networks that `fit` refuses when it runs.
+
+    Args:
+        cell: Of a sweep.
+        trial: What its configuration means.
+
+    Raises:
+        PruneError: The run would leave no report, its seed is not said, or its network, where it
+            is built from a configuration, cannot be.
+    """
+    fast = trial.trainer["fast_dev_run"]
+    if fast:
+        raise refusal(
+            "A trial run leaves no report that a sweep could collect",
+            where=f"{cell.name}: trainer.fast_dev_run",
+            got=fast,
+            allowed="false",
+            fix="leave it out; trainer.max_steps: 1 makes a short run",
+        )
+    if cell.config.get("seed_everything") is True:
+        raise refusal(
+            "The cells of a sweep have seeds that are said",
+            where=f"{cell.name}: seed_everything",
+            got=True,
+            allowed="a number, or false for none",
+            fix="write seed_everything: 0",
+        )
+    _check_networks(trial.model, cell.name)
+
+
+def _check_networks(given: Any, where: str) -> None:
+    """Builds, without memory, every network that a model's arguments write a configuration of."""
+    if not isinstance(given, Mapping):
+        return
+    arguments = given.get("init_args")
+    for one in arguments.values() if isinstance(arguments, Mapping) else ():
+        _check_networks(one, where)  # such as the student of a DistillationModule
+    objective = _objective(given.get("class_path"))
+    if objective is None or not isinstance(arguments, Mapping):
+        return
+    if arguments.get("model") is None and isinstance(arguments.get("config"), Mapping):
+        message = _problem(objective, json.dumps(arguments["config"], default=str))
+        if message is not None:
+            raise _refused(f"{where}: config", message)
+
+
+def _objective(path: Any) -> Objective | None:
+    """What a language model's class is trained for; None for another class."""
+    if not isinstance(path, str):
+        return None
+    try:
+        found = pkgutil.resolve_name(path)
+    except (AttributeError, ImportError, ValueError):
+        return None
+    if not (isinstance(found, type) and issubclass(found, CausalLM | MaskedLM)):
+        return None
+    return found.objective
+
+
+@functools.cache
+def _problem(objective: Objective, config: str) -> str | None:
+    """Why there is no such network; None if there is one."""
+    try:
+        count_parameters(objective, json.loads(config))
+    except _IMPOSSIBLE as error:
+        return str(error) or type(error).__name__
+    return None
+
+
+def _refused(where: str, message: str) -> PruneError:
+    return refusal(
+        "A cell of the sweep cannot be run",
+        where=where,
+        got=" ".join(message.split()),
+        allowed="what lightning-prune fit takes",
+        fix="correct the fit file or the grid",
+    )
 
 
 def read_fit(sweep: Sweep, read: Reader) -> FitFile:

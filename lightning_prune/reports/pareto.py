@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lightning_prune.errors import refusal
 from lightning_prune.reports.drawing import (
@@ -39,7 +39,20 @@ _KINDS: Mapping[str, tuple[str, str, str]] = {
 }
 _OTHERS = (MUTED, "P")
 _WIDE = 4.0  # sizes that differ by more than this factor stand on a logarithmic axis
-_MOST_LABELS = 24
+_MANY = 12  # points with labels, of which all are named where there is room
+_NEAR = 9.0  # pixels from the middle of a marker that are taken by it
+
+# Where a label may stand beside its point: points to the right and up, and what is set there.
+_PLACES: Sequence[tuple[int, int, Literal["left", "center", "right"], str]] = (
+    (6, 0, "left", "center"),
+    (-6, 0, "right", "center"),
+    (0, 7, "center", "bottom"),
+    (0, -7, "center", "top"),
+    (5, 6, "left", "bottom"),
+    (-5, -6, "right", "top"),
+    (-5, 6, "right", "bottom"),
+    (5, -6, "left", "top"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,16 +187,18 @@ def _draw(axes: Axes, kind: str, points: Sequence[Point]) -> None:
     for point in points:
         if point.high > point.low:
             axes.plot([point.size] * 2, [point.low, point.high], color=color, alpha=0.55, zorder=2)
+    # Baselines are outlines on top: whatever lies below one is seen through it.
+    filled = kind == "pruned"
     axes.scatter(
         [p.size for p in points],
         [p.value for p in points],
-        s=42,
-        color=color,
+        s=42 if filled else 62,
+        facecolor=color if filled else "none",
         marker=marker,
-        edgecolor="white",
-        linewidth=0.8,
+        edgecolor="white" if filled else color,
+        linewidth=0.8 if filled else 1.5,
         label=name,
-        zorder=4 if kind == "pruned" else 3,  # what it is all about is not hidden
+        zorder=3 if filled else 4,
     )
 
 
@@ -195,25 +210,33 @@ def _ticks(least: float, most: float) -> list[float]:
 
 
 def _label(axes: Axes, points: Sequence[Point], front: Sequence[Point]) -> None:
-    """Writes labels beside points where there is room: those on the front come first."""
-    taken: list[tuple[float, float, float, float]] = []
+    """Writes labels beside points where nothing else is: those on the front come first.
+
+    Of many points only the front is named, and of points in one place with one label only one.
+    """
+    from matplotlib.patheffects import withStroke
+    from matplotlib.transforms import Bbox
+
+    def place(size: float, value: float) -> tuple[float, float]:
+        x, y = axes.transData.transform((size, value))
+        return float(x), float(y)
+
+    taken: list[Bbox] = []
     for point in points:
-        x, y = axes.transData.transform((point.size, point.value))
-        taken.append((x - 9, y - 9, x + 9, y + 9))
+        x, y = place(point.size, point.value)
+        (_, low), (_, high) = place(point.size, point.low), place(point.size, point.high)
+        taken.append(Bbox.from_extents(x - _NEAR, y - _NEAR, x + _NEAR, y + _NEAR))
+        taken.append(Bbox.from_extents(x - 2, low, x + 2, high))
+    lines = [line.get_transform().transform_path(line.get_path()) for line in axes.lines]
     frame = axes.get_window_extent()
-    order = [*front, *(p for p in points if p not in front)]
-    written = 0
-    for point in order:
-        if not point.label or written >= _MOST_LABELS:
+    many = sum(bool(point.label) for point in points) > _MANY
+    named: list[tuple[str, float, float]] = []
+    for point in [*front, *(p for p in points if p not in front and not many)]:
+        x, y = place(point.size, point.value)
+        alike = (math.hypot(x - a, y - b) for text, a, b in named if text == point.label)
+        if not point.label or min(alike, default=math.inf) < 2 * _NEAR:
             continue
-        for dx, dy, ha, va in (
-            (6, 0, "left", "center"),
-            (-6, 0, "right", "center"),
-            (0, 7, "center", "bottom"),
-            (0, -7, "center", "top"),
-            (5, 6, "left", "bottom"),
-            (-5, -6, "right", "top"),
-        ):
+        for dx, dy, ha, va in _PLACES:
             text = axes.annotate(
                 point.label,
                 (point.size, point.value),
@@ -223,19 +246,16 @@ def _label(axes: Axes, points: Sequence[Point], front: Sequence[Point]) -> None:
                 va=va,
                 fontsize=7,
                 color=MUTED,
+                path_effects=[withStroke(linewidth=2.5, foreground="white")],  # over the grid
+                zorder=5,
+                in_layout=False,
             )
             box = text.get_window_extent()
-            inside = box.x0 >= frame.x0 and box.x1 <= frame.x1
-            inside = inside and box.y0 >= frame.y0 and box.y1 <= frame.y1
-            corners = (box.x0, box.y0, box.x1, box.y1)
-            if inside and not any(_overlap(corners, other) for other in taken):
-                taken.append(corners)
-                written += 1
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1
+            inside = inside and frame.y0 <= box.y0 and box.y1 <= frame.y1
+            struck = any(line.intersects_bbox(box.padded(2), filled=False) for line in lines)
+            if inside and not struck and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                named.append((point.label, x, y))
                 break
             text.remove()
-
-
-def _overlap(
-    one: tuple[float, float, float, float], other: tuple[float, float, float, float]
-) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]

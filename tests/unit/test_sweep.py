@@ -3,9 +3,11 @@
 import copy
 import json
 import os
+import pickle
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
@@ -15,6 +17,7 @@ from tests.refusals import refused
 from tests.sweeps import (
     DIGITS,
     cell,
+    checkpoint,
     finish,
     made,
     written,
@@ -27,7 +30,7 @@ def test_how_far_a_cell_is(tmp_path):
     prepare(one, "new")
     assert state_of(one) == "new"
     (one.folder / "checkpoints").mkdir()
-    (one.folder / "checkpoints" / "last.ckpt").touch()
+    checkpoint(one.folder / "checkpoints" / "last.ckpt")
     assert state_of(one) == "begun"
     assert state_of(cell(tmp_path, seed=2)) == "changed"
     (one.folder / "report.json").write_text('{"runs"', encoding="utf-8")
@@ -41,7 +44,7 @@ def test_a_teachers_checkpoint_is_not_that_of_the_run(tmp_path):
     one = cell(tmp_path)
     prepare(one, "new")
     (one.folder / "teacher").mkdir()
-    (one.folder / "teacher" / "last.ckpt").touch()
+    checkpoint(one.folder / "teacher" / "last.ckpt")
     assert state_of(one) == "new"
 
 
@@ -50,7 +53,7 @@ def test_a_cell_goes_on_from_its_last_checkpoint(tmp_path):
     prepare(one, "new")
     for name, time in (("old", 1), ("young", 3), ("middle", 2)):
         path = one.folder / f"{name}.ckpt"
-        path.touch()
+        checkpoint(path)
         os.utime(path, (time, time))
     assert command_of(one)[-2:] == ["--ckpt_path", str(one.folder / "young.ckpt")]
     prepare(one, "begun")
@@ -58,6 +61,37 @@ def test_a_cell_goes_on_from_its_last_checkpoint(tmp_path):
     prepare(one, "changed")
     assert list(one.folder.glob("*.ckpt")) == []
     assert command_of(one)[-2:] == ["--config", str(one.folder / "cell.yaml")]
+
+
+def test_only_what_holds_the_whole_state_is_gone_on_from(tmp_path):
+    one = cell(tmp_path)
+    prepare(one, "new")
+    whole, weights = one.folder / "whole.ckpt", one.folder / "weights.ckpt"
+    checkpoint(weights, weights_only=True)
+    assert state_of(one) == "new"
+    assert "--ckpt_path" not in command_of(one)
+    assert state_of(cell(tmp_path, seed=2)) == "changed"  # what it has left is not lost silently
+    checkpoint(whole)
+    (one.folder / "empty.ckpt").touch()
+    (one.folder / "text.ckpt").write_text("no checkpoint", encoding="utf-8")
+    (one.folder / "cut.ckpt").write_bytes(whole.read_bytes()[:-40])
+    (one.folder / "pickle.ckpt").write_bytes(pickle.dumps(Path()))
+    os.utime(whole, (1, 1))
+    assert state_of(one) == "begun"
+    assert command_of(one)[-2:] == ["--ckpt_path", str(whole)]
+    whole.unlink()
+    assert state_of(one) == "new"
+    prepare(one, "new")
+    assert list(one.folder.glob("*.ckpt")) == []
+
+
+def test_a_checkpoint_is_read_as_fit_would_read_it(tmp_path):
+    one, trusting = cell(tmp_path), cell(tmp_path, weights_only=False)
+    one.folder.mkdir()
+    held = {"loops": {}, "optimizer_states": [], "hyper_parameters": Path("a")}
+    torch.save(held, one.folder / "last.ckpt")
+    assert "--ckpt_path" not in command_of(one)
+    assert "--ckpt_path" in command_of(trusting)
 
 
 def test_a_cell_that_fails_does_not_keep_the_others_from_running(tmp_path):

@@ -6,12 +6,7 @@ from pathlib import Path
 import pytest
 
 from lightning_prune.cli.baselines import baseline_cells
-from lightning_prune.cli.cells import (
-    combinations,
-    grid_cells,
-    name_of,
-    refuse_same_names,
-)
+from lightning_prune.cli.cells import combinations, grid_cells, name_of, refuse_same_names
 from lightning_prune.cli.sweep import plan_sweep
 from lightning_prune.cli.sweep_file import read_sweep
 from lightning_prune.cli.trial import read_fit
@@ -28,6 +23,13 @@ from tests.sweeps import (
     with_callback,
     written,
 )
+
+CONFIG = "model.init_args.config"
+DISTILLED = copy.deepcopy(LLAMA)
+DISTILLED["model"] = {
+    "class_path": "lightning_prune.distillation.DistillationModule",
+    "init_args": {"student": LLAMA["model"], "teacher": LLAMA["model"]},
+}
 
 # The file -----------------------------------------------------------------------------------------
 
@@ -121,6 +123,13 @@ def test_the_grid_is_a_product():
         ({"model.init_args.learning_rate": 1e-05}, "learning_rate=1e-05"),
         ({"pruning.pattern": "2:4", "pruning.class_path": "my.own.Pruning"},
          "pattern=2-4,class_path=Pruning"),
+        ({"data.init_args.source": "corpus_a.txt"}, "source=corpus_a.txt"),
+        ({"data.init_args.source": "README.MD"}, "source=README.MD"),
+        ({"optimizer": {"class_path": "torch.optim.SGD"}}, "optimizer=SGD"),
+        ({"pruning.allocation": {"../../x/*": 0.9}}, "allocation=..-..-x--0.9"),
+        ({"pruning.x": {"class_path": "a/b.C/d", "init_args": {"a/b": "c,d=e"}}},
+         "x=C-d+a-b-c-d-e"),
+        ({"model.a/../b": 1, "pruning.x": None}, "-b=1,x=null"),
     ],
 )  # fmt: skip
 def test_names_say_the_values(values, name):
@@ -182,6 +191,7 @@ def test_init_args_that_were_left_out_are_made():
     [
         {"grid": {"pruning.sparsity": [0.5, 0.5]}},
         {"grid": {"pruning.targets": ["a b", "a/b"]}},
+        {"grid": {"pruning.targets": [{"a/b": 1}, {"a*b": 1}]}},
         {
             "grid": {"pruning.sparsity": [0.5]},
             "cells": (("Sparsity=0.5", {"pruning.start": 0.1}),),
@@ -222,6 +232,45 @@ def test_every_cell_is_checked_before_the_first_one_runs(tmp_path):
         plan_sweep(written(tmp_path, grid={"pruning.sparsity": [0.5, 8]}))
     with refused(what="cannot be run", where="max_epochs=many", got="trainer.max_epochs"):
         plan_sweep(written(tmp_path, grid={"trainer.max_epochs": [2, "many"]}))
+
+
+@pytest.mark.parametrize(
+    ("fit", "grid", "parts"),
+    [
+        (DIGITS, {"trainer.fast_dev_run": [True]}, {"where": "fast_dev_run", "got": "True"}),
+        (DIGITS, {"trainer.fast_dev_run": [3]}, {"what": "no report", "got": "3"}),
+        (DIGITS, {"seed_everything": [True]}, {"where": "seed_everything", "allowed": "a number"}),
+        (LLAMA, {f"{CONFIG}.n_emdb": [16]}, {"where": "n_emdb=16: config", "got": "n_emdb"}),
+        (LLAMA, {f"{CONFIG}.hidden_size": [-4]}, {"what": "cannot be run"}),
+        (LLAMA, {f"{CONFIG}.num_attention_heads": [0]}, {"what": "cannot be run"}),
+        (LLAMA, {f"{CONFIG}.model_type": ["bert"]}, {"got": "no such value"}),
+        (
+            DISTILLED,
+            {"model.init_args.student.init_args.config.n_emdb": [16]},
+            {"where": "n_emdb=16: config", "got": "n_emdb"},
+        ),
+    ],
+)
+def test_what_only_a_run_would_tell_is_found_before_the_first_one(fit, grid, parts, tmp_path):
+    with refused(**parts):
+        plan_sweep(written(tmp_path, fit=fit, grid=grid))
+
+
+def test_what_is_wrong_in_the_fit_file_alone_may_be_put_right_by_the_grid(tmp_path):
+    fit = copy.deepcopy(LLAMA)
+    del fit["model"]["init_args"]["config"]["model_type"]
+    fit["trainer"]["fast_dev_run"] = True
+    grid = {f"{CONFIG}.model_type": ["llama", "mistral"], "trainer.fast_dev_run": [False]}
+    _, cells = plan_sweep(written(tmp_path, fit=fit, grid=grid | {"seed_everything": [False]}))
+    assert len(cells) == 2
+
+
+def test_the_home_folder_is_meant_as_in_a_shell(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_sweep(written(tmp_path, output_dir="~/runs")).output_dir == f"{tmp_path}/runs"
+    assert read_sweep(written(tmp_path, output_dir="./~runs")).output_dir == "./~runs"
+    with refused(where="output_dir", got="~no-such-user/runs", fix="./~"):
+        read_sweep(written(tmp_path, output_dir="~no-such-user/runs"))
 
 
 # Baselines ----------------------------------------------------------------------------------------
@@ -314,6 +363,7 @@ LORA = {"r": 2}
             "random",
             {"got": "prunes frozen weights"},
         ),
+        (with_callback("LotteryTicket", sparsity=0.5), "one_shot", {"fix": "random_mask"}),
         (
             with_callback("GradualMagnitudePruning", LLAMA, sparsity=0.5, budget="macs"),
             "small_dense",

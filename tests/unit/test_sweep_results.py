@@ -1,7 +1,11 @@
 """What a sweep has found: rows, points, a law."""
 
-import pytest
+import io
 
+import pytest
+from rich.console import Console
+
+from lightning_prune.cli import results
 from lightning_prune.cli.results import (
     Row,
     collect,
@@ -9,9 +13,11 @@ from lightning_prune.cli.results import (
     law_of,
     points_of,
     row_of,
+    show,
     shown_metric,
     table_of,
 )
+from lightning_prune.errors import PruneError
 from lightning_prune.reports import ScalingLaw
 from tests.sweeps import cell, made, report
 
@@ -51,6 +57,9 @@ def test_cells_that_differ_in_the_seed_are_one_point():
     assert [p.kind for p in points] == ["pruned", "random", "dense"]
 
 
+RATE = "model.init_args.learning_rate"
+
+
 def scaled(**changes):
     """Three dense sizes on a law, and a pruned cell above it."""
     sizes = {"dense": 100.0, "small_dense": 49.0, "small_dense,sparsity=0.8": 25.0}
@@ -58,7 +67,7 @@ def scaled(**changes):
         row(name, name.split(",")[0], loss=1 + 5 / n**0.5, average=n, **changes)
         for name, n in sizes.items()
     ]
-    return [*rows, row("sparsity=0.8", loss=2.2, average=36.0)]
+    return [*rows, row("sparsity=0.8", loss=2.2, average=36.0, **changes)]
 
 
 def test_three_dense_sizes_make_a_law_that_predicts_every_cell(tmp_path):
@@ -83,10 +92,37 @@ def test_three_dense_sizes_make_a_law_that_predicts_every_cell(tmp_path):
     [
         (scaled()[1:], "val/loss"),  # two sizes
         (scaled(), "val/f1"),  # no loss
-        (scaled(steps=20), "val/loss"),  # other lengths than the pruned cell
+        ([*scaled(steps=20), row("shorter")], "val/loss"),
         ([*scaled(), row("better than nothing", loss=0.0)], "val/loss"),
+        ([*scaled(), row("diverged", loss=float("inf"))], "val/loss"),
+        ([*scaled(**{RATE: 1e-3}), *scaled(**{RATE: 1e-2})], "val/loss"),
+        ([*scaled(), row("by hand", **{RATE: 1e-2})], "val/loss"),
     ],
 )
 def test_no_law_without_losses_of_three_dense_sizes_and_one_length(rows, metric):
     assert law_of(rows, metric) is None
     assert "predicted" not in [str(column.header) for column in table_of(rows, metric).columns]
+
+
+def test_cells_of_a_law_may_differ_in_the_pruning_and_in_the_seed():
+    other = {"pruning.sparsity": 0.8, "pruning.allocation": "erk", "seed_everything": 1}
+    rows = [*scaled(**{RATE: 1e-3}), row("other", **{RATE: 1e-3}, **other)]
+    assert law_of(rows, "val/loss") is not None
+
+
+def test_losses_that_do_not_fall_with_the_size_make_no_law(monkeypatch):
+    def refuse(runs):
+        raise PruneError("the losses do not fall")
+
+    monkeypatch.setattr(results, "fit_scaling_law", refuse)
+    assert law_of(scaled(), "val/loss") is None
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_table_in_a_log_is_as_wide_as_it_needs_to_be(watched):
+    name = ",".join(f"argument_{i}=0.5" for i in range(7))
+    console = Console(file=io.StringIO(), width=80, force_terminal=watched, color_system=None)
+    show(table_of([row(name)], "val/loss"), console)
+    shown = console.file.getvalue()
+    assert (name in shown) is not watched
+    assert (max(map(len, shown.splitlines())) > 80) is not watched

@@ -65,6 +65,47 @@ def test_labels_are_left_out_where_there_is_no_room():
         assert not any(box.overlaps(other) for other in boxes[:i])
 
 
+def test_no_label_lies_on_a_marker_a_label_or_the_front():
+    points = [point(1e6, 1.0, "dense")]
+    for i in range(1, 5):
+        size, value = 1e6 * (1 - i / 6), 1 + 0.02 * i**2
+        for kind, more in (("pruned", 0), ("one_shot", 0.002), ("random", 0.1)):
+            points.append(point(size, value + more, kind, f"sparsity={i}/6", spread=0.01))
+    _, axes = plot_pareto(points, metric="m", lower_is_better=True)
+    boxes = [text.get_window_extent() for text in axes.texts]
+    front = axes.lines[0]
+    path = front.get_transform().transform_path(front.get_path())
+    places = axes.transData.transform([(p.size, p.value) for p in points])
+    assert boxes
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:i])
+        assert not path.intersects_bbox(box, filled=False)
+        assert not any(box.contains(*place) for place in places)
+
+
+def test_of_many_points_the_front_alone_is_named():
+    points = [point(10 * i, 1 / i, label=f"front {i}") for i in range(1, 4)]
+    points += [point(10 * i + 5, 2 + i / 9, label="behind") for i in range(1, 16)]
+    _, axes = plot_pareto(points, metric="m", lower_is_better=True)
+    assert {t.get_text() for t in axes.texts} == {"front 1", "front 2", "front 3"}
+
+
+def test_what_stands_in_one_place_under_one_label_is_named_once():
+    points = [point(100, 1.0, kind, "sparsity=0.9") for kind in ("pruned", "random", "one_shot")]
+    _, axes = plot_pareto([*points, point(300, 2.0)], metric="m", lower_is_better=True)
+    assert [t.get_text() for t in axes.texts] == ["sparsity=0.9"]
+
+
+def test_no_kind_hides_another():
+    points = [point(100, 1.0, kind) for kind in ("pruned", "dense", "random")]
+    _, axes = plot_pareto(points, metric="m", lower_is_better=True)
+    pruned, *others = sorted(axes.collections, key=lambda drawn: drawn.get_zorder())
+    assert len(pruned.get_facecolor()) == 1
+    for outline in others:
+        assert len(outline.get_facecolor()) == 0
+        assert outline.get_sizes()[0] > pruned.get_sizes()[0]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nothing_to_draw(value):
     with refused(what="nothing to draw", got="1 points, none with a finite val/loss"):
