@@ -35,6 +35,7 @@ RESULTS = Path(__file__).parent / "results"
 STORE = RESULTS / "dynamic_sparse.jsonl"
 SPARSITY = 0.9
 STEPS = {"digits": 860, "llama": 600}
+METRICS = {"digits": "accuracy", "llama": "loss"}
 ARMS = {
     "dense": "no pruning",
     "static": "DynamicSparseTraining(drop_fraction=0): the random mask of the start stays",
@@ -84,19 +85,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"Updates every {EVERY} steps until 75%, ERK.",
         *(f"- {arm}: {text}." for arm, text in ARMS.items()),
         "",
-        "| task | arm | zero | each seed | mean |",
-        "|---" * 5 + "|",
+        *stored.by_seed(rows, METRICS, ARMS),
     ]
-    for task in STEPS:
-        for arm in ARMS:
-            some = [r for r in rows if (r["task"], r["arm"]) == (task, arm)]
-            if some:
-                value = "accuracy" if task == "digits" else "loss"
-                each = [r[value] for r in sorted(some, key=lambda r: r["seed"])]
-                lines.append(
-                    f"| {task} | {arm} | {mean(r['zero'] for r in some):.1%} | "
-                    f"{', '.join(f'{x:.4f}' for x in each)} | {mean(each):.4f} |"
-                )
     return "\n".join(lines) + "\n"
 
 

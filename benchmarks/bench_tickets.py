@@ -15,7 +15,6 @@ import argparse
 import time
 import warnings
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import lightning as L
@@ -33,6 +32,7 @@ STORE = RESULTS / "tickets.jsonl"
 SPARSITY, ROUNDS = 0.9, 5
 ROUND = {"digits": 400, "transformer": 300}  # steps
 REWIND = {"digits": 0.0, "transformer": 0.1}
+METRICS = {"digits": "accuracy", "transformer": "loss"}
 ARMS = {
     "dense": "one round, nothing pruned",
     "ticket": "LotteryTicket",
@@ -81,19 +81,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"of 8 x 128, rewound to {REWIND['transformer']:.0%} of a round; nats a byte.",
         *(f"- {arm}: {text}." for arm, text in ARMS.items()),
         "",
-        "| task | arm | steps | zero | each seed | mean |",
-        "|---" * 6 + "|",
+        *stored.by_seed(rows, METRICS, ARMS),
     ]
-    for task in ROUND:
-        for arm in ARMS:
-            some = [r for r in rows if (r["task"], r["arm"]) == (task, arm)]
-            if some:
-                value = "accuracy" if task == "digits" else "loss"
-                each = [r[value] for r in sorted(some, key=lambda r: r["seed"])]
-                lines.append(
-                    f"| {task} | {arm} | {some[0]['steps']} | {mean(r['zero'] for r in some):.1%} "
-                    f"| {', '.join(f'{x:.4f}' for x in each)} | {mean(each):.4f} |"
-                )
     return "\n".join(lines) + "\n"
 
 
