@@ -14,6 +14,7 @@ from lightning_prune.apply import mask_, masked
 from lightning_prune.targets import Target, canonical_name
 
 __all__ = [
+    "averaged_models",
     "averages_weights",
     "project_averages",
     "project_checkpoint",
@@ -91,6 +92,12 @@ def _by_name(pl_module: L.LightningModule, given: Mapping[int, Tensor]) -> dict[
     return {canonical_name(n): given[id(p)] for n, p in live.items() if id(p) in given}
 
 
+def averaged_models(trainer: L.Trainer) -> list[AveragedModel]:
+    """The averages of weights that a Trainer's callbacks keep."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return [x for c in callbacks for x in vars(c).values() if isinstance(x, AveragedModel)]
+
+
 def project_averages(
     trainer: L.Trainer, masks: Mapping[str, Tensor], targets: tuple[Target, ...]
 ) -> None:
@@ -101,13 +108,10 @@ def project_averages(
         masks: Masks by parameter name.
         targets: The masked weights.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        for average in vars(callback).values():
-            if not isinstance(average, AveragedModel):
-                continue
-            named = average.module.named_parameters(remove_duplicate=False)
-            averaged = {canonical_name(name): parameter for name, parameter in named}
-            for target in targets:
-                if target.name in averaged:
-                    parameter = averaged[target.name]
-                    mask_(parameter, masks[target.name].to(parameter.device))
+    for average in averaged_models(trainer):
+        named = average.module.named_parameters(remove_duplicate=False)
+        averaged = {canonical_name(name): parameter for name, parameter in named}
+        for target in targets:
+            if target.name in averaged:
+                parameter = averaged[target.name]
+                mask_(parameter, masks[target.name].to(parameter.device))

@@ -9,8 +9,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 
+from lightning_prune.callbacks.averages import averaged_models
 from lightning_prune.callbacks.base import MaskCallback
 from lightning_prune.callbacks.rank_increasing_lora import RankIncreasingLoRA
 from lightning_prune.controls import shuffled
@@ -115,12 +115,9 @@ class Tape:
 
     def restart_averages(self) -> None:
         """Lets moving averages begin anew at the network as it is now."""
-        trainer = self._trainer
-        for callback in trainer.callbacks if trainer is not None else ():  # type: ignore[attr-defined]
-            for average in vars(callback).values():
-                if isinstance(average, AveragedModel):
-                    _copy(self._parts()[0], average.module)
-                    average.n_averaged.zero_()  # its next update is its first
+        for average in averaged_models(self._trainer) if self._trainer is not None else ():
+            _copy(self._parts()[0], average.module)
+            average.n_averaged.zero_()  # its next update is its first
 
     def _parts(self) -> tuple[dict[str, Tensor], list[torch.optim.Optimizer], list[Scheduler]]:
         if self._trainer is None or self._module is None:
