@@ -35,12 +35,15 @@ STEPS, ROWS = 1500, 8
 WIDTHS = (64, 80, 96, 112, 128)
 SPARSITIES, STARTS, ENDS = (0.5, 0.8), (0.0, 0.25, 0.5), (0.5, 0.75, 1.0)
 BEST = (0.25, 0.75)
+RATE = 2e-3
 
 
-def run(sparsity: float, start: float, end: float, width: int, seed: int) -> dict[str, Any]:
+def run(
+    sparsity: float, start: float, end: float, width: int, seed: int, rate: float
+) -> dict[str, Any]:
     L.seed_everything(seed, verbose=False)
     began = time.perf_counter()
-    module = language_model(width)
+    module = language_model(width, rate=rate)
     pruner = None
     if sparsity:
         once = start == end
@@ -59,6 +62,7 @@ def run(sparsity: float, start: float, end: float, width: int, seed: int) -> dic
         "start": start,
         "end": end,
         "seed": seed,
+        "rate": rate,
         "steps": STEPS,
         "loss": loss_of(module),
         "parameters": parameters,
@@ -70,33 +74,38 @@ def run(sparsity: float, start: float, end: float, width: int, seed: int) -> dic
     }
 
 
+def arm(row: dict[str, Any]) -> tuple[float, float, float, int, int]:
+    """What is run, at any rate."""
+    return row["sparsity"], row["start"], row["end"], row["width"], row["seed"]
+
+
 def name(row: dict[str, Any]) -> str:
     if not row["sparsity"]:
         return f"dense, {row['width']} wide"
     return f"{row['sparsity']:.0%}, {row['start']:.0%} to {row['end']:.0%}"
 
 
-def law_of(rows: list[dict[str, Any]]) -> tuple[list[ScalingRun], Any]:
-    """All runs, and the law of the dense ones."""
-    runs = [
-        ScalingRun(name=name(r), parameters=r["average"], loss=r["loss"], sparse=r["sparsity"] > 0)
-        for r in rows
-    ]
-    return runs, fit_scaling_law([run for run in runs if not run.sparse])
+def point(row: dict[str, Any]) -> ScalingRun:
+    return ScalingRun(
+        name=name(row), parameters=row["average"], loss=row["loss"], sparse=row["sparsity"] > 0
+    )
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The results as Markdown."""
-    rows = sorted(rows, key=lambda r: (r["sparsity"], r["width"], r["start"], r["end"]))
+    rows = sorted(rows, key=lambda r: (*arm(r), r["rate"]))
+    bests = {arm(r): r for r in sorted(rows, key=lambda r: -r["loss"])}
     many = len({r["width"] for r in rows if not r["sparsity"]}) >= 3
-    runs, law = law_of(rows) if many else ([], None)
+    runs = [point(r) for r in bests.values()]
+    law = fit_scaling_law([run for run in runs if not run.sparse]) if many else None
     lines = [
         "# Sparse pretraining: when to prune, and what predicts the loss",
         "",
         f"- Machine: {rows[0]['machine']}",
         "- Command: `python benchmarks/bench_sparse_pretraining.py`",
         f"- Llama, 4 layers, bytes of the standard library's source, {STEPS} steps of {ROWS} x 128 "
-        "without repetition, AdamW at 3e-3, cosine. Loss: nats a byte of modules held out.",
+        "without repetition, AdamW, cosine. Loss: nats a byte of modules held out.",
+        "- Laws and bests take each network at the best of the rates it was run at.",
         "- Starts and ends are shares of ideal training compute; 50% to 50% is one cut.",
         "- Average: parameters over training without those that were zero. Predicted: by the "
         "law of the dense runs alone.",
@@ -107,24 +116,25 @@ def table(rows: list[dict[str, Any]]) -> str:
         ]
     lines += [
         "",
-        "| zero | from | to | steps | non-zero at the end | average | loss | over the best of its "
-        "sparsity | predicted | above it |",
-        "|---" * 10 + "|",
+        "| zero | from | to | steps | rate | non-zero at the end | average | loss | over the best "
+        "of its sparsity | predicted | above it |",
+        "|---" * 11 + "|",
     ]
     best: dict[float, float] = {}
     for r in rows:
         best[r["sparsity"]] = min(best.get(r["sparsity"], math.inf), r["loss"])
-    for place, r in enumerate(rows):
+    for r in rows:
         pruned = r["sparsity"] > 0
         moments = (f"{r['start']:.0%}", f"{r['end']:.0%}") if pruned else ("-", "-")
         over = f"{r['loss'] / best[r['sparsity']] - 1:+.2%}" if pruned else "-"
         predicted = ("-", "-")
         if law is not None:
-            predicted = (f"{law.predict(r['average']):.4f}", f"{law.residual(runs[place]):+.2%}")
+            predicted = (f"{law.predict(r['average']):.4f}", f"{law.residual(point(r)):+.2%}")
         updates = f"{r['updates'][0]} to {r['updates'][1]}" if pruned else "-"
         lines.append(
-            f"| {r['sparsity']:.0%} | {moments[0]} | {moments[1]} | {updates} | {r['left']:,} | "
-            f"{r['average']:,.0f} | {r['loss']:.4f} | {over} | {predicted[0]} | {predicted[1]} |"
+            f"| {r['sparsity']:.0%} | {moments[0]} | {moments[1]} | {updates} | {r['rate']} | "
+            f"{r['left']:,} | {r['average']:,.0f} | {r['loss']:.4f} | {over} | {predicted[0]} | "
+            f"{predicted[1]} |"
         )
     if law is not None and any(run.sparse for run in runs):
         both = fit_scaling_law(runs)
@@ -145,7 +155,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--only", nargs="+", default=[], help="'dense', '0.5' or '0.5:0.25:0.75'")
+    parser.add_argument("--only", nargs="+", default=[], help="'dense', '0.5', '0.5:0.25:0.75'")
+    parser.add_argument("--rates", type=float, nargs="+", default=[RATE])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
@@ -154,22 +165,15 @@ def main() -> None:
     arms = [(0.0, 0.0, 0.0, width) for width in reversed(WIDTHS)]
     arms += [(*cell, WIDTHS[-1]) for cell in grid]
     rows = stored.load(STORE)
-    for seed in options.seeds:
-        for sparsity, start, end, width in arms:
-            words = {f"{sparsity:g}:{start:g}:{end:g}", f"{sparsity:g}"}
-            words |= set() if sparsity else {"dense"}
-            if options.only and not words & set(options.only):
-                continue
-            wanted = {
-                "width": width,
-                "sparsity": sparsity,
-                "start": start,
-                "end": end,
-                "seed": seed,
-            }
-            if any(wanted.items() <= row.items() for row in rows):
-                continue
-            stored.add(run(sparsity, start, end, width, seed), rows, STORE, table)
+    for seed, (sparsity, start, end, width), rate in product(options.seeds, arms, options.rates):
+        words = {f"{sparsity:g}:{start:g}:{end:g}", f"{sparsity:g}"}
+        words |= set() if sparsity else {"dense", f"dense:{width}"}
+        if options.only and not words & set(options.only):
+            continue
+        wanted = {"width": width, "sparsity": sparsity, "start": start, "end": end}
+        wanted |= {"seed": seed, "rate": rate}
+        if not any(wanted.items() <= row.items() for row in rows):
+            stored.add(run(**wanted), rows, STORE, table)
     if rows:
         stored.replace(rows, STORE, table)
 

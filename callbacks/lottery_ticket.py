@@ -29,7 +29,6 @@ from lightning_prune.rounds import (
     cut_short,
     lay_out,
     lay_out_one,
-    sparsity_after,
 )
 from lightning_prune.schedules import Iterative
 from lightning_prune.targets import Selection, Target, as_globs
@@ -252,7 +251,7 @@ class LotteryTicket(MaskCallback):
                 allowed=f"at least {steps} steps; the fit ends by itself after so many",
                 fix="give the Trainer the same length as in the first fit",
             )
-        value = sparsity_after(made + 1, self.rounds, self.sparsity)
+        value = Iterative(self.rounds).after(made + 1, 0.0, self.sparsity)
         self._timeline = Timeline(  # without one that a fit which failed did not make
             updates=(*before.updates[:made], self.step),
             values=(*before.values[:made], value),
@@ -290,7 +289,7 @@ class LotteryTicket(MaskCallback):
         masks = self._plain_policy().masks(
             self._members.ranked,
             self._ready(),
-            sparsity=sparsity_after(made + 1, self.rounds, self.sparsity),
+            sparsity=Iterative(self.rounds).after(made + 1, 0.0, self.sparsity),
             final=self.sparsity,
             shards=self._shards,
         )

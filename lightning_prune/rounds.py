@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 
 from lightning_prune.errors import refusal
+from lightning_prune.schedules import Iterative
 from lightning_prune.timeline import Timeline
 
 __all__ = ["Rounds", "check_rewind", "check_rounds", "cut_short", "lay_out", "lay_out_one"]
-__all__ += ["sparsity_after"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,8 @@ class Rounds:
 
     def timeline(self, final: float) -> Timeline:
         """The sparsity from each update on."""
-        count = len(self.updates)
-        values = tuple(sparsity_after(i + 1, count, final) for i in range(count))
+        schedule = Iterative(rounds=len(self.updates))
+        values = tuple(schedule.after(i + 1, 0.0, final) for i in range(len(self.updates)))
         return Timeline(updates=self.updates, values=values, initial=0.0)
 
 
@@ -61,21 +61,6 @@ def check_rewind(rewind: int | float, owner: str) -> None:
             allowed="a float in [0, 1) (fraction of a round) or an int >= 0 (optimizer step)",
             fix="write rewind=0.0 for the initial weights, rewind=500 for those of step 500",
         )
-
-
-def sparsity_after(made: int, rounds: int, final: float) -> float:
-    """The sparsity after ``made`` of so many prunings: each takes the same share of what is left.
-
-    Source: Frankle & Carbin 2019, arXiv:1803.03635, section 2: each round prunes ``p ** (1 / n)``.
-
-    Example:
-        >>> [sparsity_after(r, 2, 0.75) for r in range(3)]
-        [0.0, 0.5, 0.75]
-    """
-    if made >= rounds:
-        return final
-    left: float = (1 - final) ** (made / rounds)
-    return 1 - left
 
 
 def lay_out(

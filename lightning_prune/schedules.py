@@ -152,7 +152,10 @@ class Iterative:
 
     def value(self, progress: float, initial: float, final: float) -> float:
         """Sparsity after the round that a progress in [0, 1] falls in."""
-        done = 1 + math.floor(progress * (self.rounds - 1) + 1e-9)
+        return self.after(1 + math.floor(progress * (self.rounds - 1) + 1e-9), initial, final)
+
+    def after(self, done: int, initial: float, final: float) -> float:
+        """Sparsity after so many rounds; `initial` after none, `final` after the last."""
         if done >= self.rounds:
             return final
         left: float = ((1 - final) / (1 - initial)) ** (done / self.rounds)

@@ -11,9 +11,7 @@ from lightning_prune.rounds import (
     cut_short,
     lay_out,
     lay_out_one,
-    sparsity_after,
 )
-from lightning_prune.schedules import Iterative
 from lightning_prune.timeline import Timeline
 from tests.refusals import refused
 
@@ -35,15 +33,11 @@ def test_a_run_is_divided(rounds, rewind, total, expected):
     assert lay_out(rounds, rewind, total) == expected
 
 
-def test_shares_of_what_is_left_are_those_of_iterative_pruning():
+def test_every_pruning_takes_the_same_share_of_what_is_left():
     for rounds in (1, 2, 5, 7):
         found = lay_out(rounds, 0, 1000).timeline(0.9).values
-        schedule = Iterative(rounds)
-        steps = range(rounds)
-        expected = [schedule.value(r / max(1, rounds - 1), 0.0, 0.9) for r in steps]
-        assert found == pytest.approx(expected, abs=1e-12)
+        assert found == pytest.approx([1 - 0.1 ** (r / rounds) for r in range(1, rounds + 1)])
         assert found[-1] == 0.9
-    assert sparsity_after(0, 5, 0.9) == 0.0
 
 
 def test_a_run_that_is_too_short_is_refused_or_squeezed():
