@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.progress import (
     MofNCompleteColumn,
@@ -42,6 +42,7 @@ from lightning_prune.cli.results import (
 )
 from lightning_prune.cli.sweep_file import Sweep, read_sweep
 from lightning_prune.cli.trial import Reader, check_cell, read_fit
+from lightning_prune.cli.turns import one_at_a_time
 from lightning_prune.errors import refusal
 
 __all__ = ["State", "command_of", "plan_sweep", "prepare", "run_cells", "run_sweep", "state_of"]
@@ -76,6 +77,11 @@ def run_sweep(args: Sequence[str]) -> int:
     # Commands are for another program to read: they stand alone on stdout.
     console = Console(highlight=False, stderr=bool(options.commands))
     sweep, cells = plan_sweep(options.config)
+    with one_at_a_time(sweep.output_dir):
+        return _go_on(sweep, cells, options, console)
+
+
+def _go_on(sweep: Sweep, cells: Sequence[Cell], options: Namespace, console: Console) -> int:
     states = {cell.name: state_of(cell) for cell in cells}
     _refuse_changed(sweep, cells, states, rerun=options.rerun)
     waiting = [cell for cell in cells if states[cell.name] != "finished"]

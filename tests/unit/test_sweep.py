@@ -222,6 +222,24 @@ def test_commands_are_one_line_a_cell_and_nothing_else(runs, tmp_path, capsys):
     assert Path("out/pareto.png").exists()
 
 
+def test_a_second_sweep_in_the_same_folder_is_refused(runs, tmp_path, capsys, monkeypatch):
+    path = str(written(tmp_path))
+    answers = []
+
+    def first(command, log):
+        answers.append(main(["sweep", path]))  # as if from another shell
+        finish(log.parent)
+        return 0
+
+    monkeypatch.setattr(sweep, "_run", first)
+    assert main(["sweep", path]) == 0
+    assert answers == [2, 2]
+    message = capsys.readouterr().err
+    assert "Another sweep is at work in this folder" in message
+    assert "output_dir" in message
+    assert main(["sweep", path]) == 0  # it has let go
+
+
 def test_a_refused_sweep_leaves_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = str(written(tmp_path, grid={"pruning.sparsity": [0.5, 0.5]}))
