@@ -41,6 +41,7 @@ ARMS = {
     "static": "DynamicSparseTraining(drop_fraction=0): the random mask of the start stays",
     "SET": "DynamicSparseTraining(grow='random')",
     "RigL": "DynamicSparseTraining(grow='gradient')",
+    "RigL, rarely": "the same with every=100",
     "gradual": "GradualMagnitudePruning, from 25 to 75%: not sparse from the start",
 }
 EVERY = 20
@@ -57,7 +58,22 @@ def pruner(arm: str, seed: int) -> list[L.Callback]:
     if arm == "static":
         return [DynamicSparseTraining(SPARSITY, drop_fraction=0.0, seed=seed)]
     grow: Any = "random" if arm == "SET" else "gradient"
-    return [DynamicSparseTraining(SPARSITY, grow=grow, every=EVERY, seed=seed)]
+    every = 5 * EVERY if arm == "RigL, rarely" else EVERY
+    return [DynamicSparseTraining(SPARSITY, grow=grow, every=every, seed=seed)]
+
+
+def evenness(network: nn.Module) -> float:
+    """How evenly weights are spread over the neurons of the blocks: 1 if all have as many.
+
+    ``(sum n)^2 / (k sum n^2)`` of k neurons with n weights each: the share of neurons that as
+    many weights would fill evenly.
+    """
+    found = []
+    for name, weight in network.named_parameters():
+        if name.endswith(("gate_proj.weight", "up_proj.weight")):
+            many = (weight != 0).sum(1).double()
+            found.append(float(many.sum() ** 2 / (len(many) * (many**2).sum())))
+    return mean(found)
 
 
 def run(task: str, arm: str, seed: int) -> dict[str, Any]:
@@ -72,6 +88,7 @@ def run(task: str, arm: str, seed: int) -> dict[str, Any]:
         module = small_llama.language_model(128, rate=row["rate"])
         small_llama.fit(module, callbacks, steps, 8, seed)
         row["loss"] = small_llama.loss_of(module)
+        row["evenness"] = evenness(module)
     row["zero"] = report(module).sparsity
     return row | {"seconds": round(time.perf_counter() - began), "machine": minilm.machine()}
 
@@ -86,10 +103,21 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"- digits: {STEPS['digits']} steps, accuracy on images held out; llama: 1.1 M "
         f"parameters on bytes, {STEPS['llama']} steps of 8 x 128, nats a byte of modules held out. "
         f"Updates every {EVERY} steps until 75%, ERK.",
+        f"- Rates of the llama: {SPARSE_RATE}; {', '.join(f'{a} {r}' for a, r in RATES.items())}.",
         *(f"- {arm}: {text}." for arm, text in ARMS.items()),
         "",
         *stored.by_seed(rows, METRICS, ARMS),
     ]
+    even = {
+        arm: [r["evenness"] for r in rows if r["arm"] == arm and "evenness" in r] for arm in ARMS
+    }
+    if any(even.values()):
+        told = ", ".join(f"{arm} {mean(found):.2f}" for arm, found in even.items() if found)
+        lines += [
+            "",
+            "How evenly weights are spread over the neurons of the Llama's blocks, 1 if all "
+            f"have as many (mean of the seeds that tell): {told}.",
+        ]
     return "\n".join(lines) + "\n"
 
 

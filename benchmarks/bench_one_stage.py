@@ -61,7 +61,9 @@ ARMS = {
     "L0": "HardConcretePruning, from 5% to 70%, ramp 0.6 (Compresso)",
     "atp": "AllInOnePruning, its defaults",
     "pat": "PruningAwareTuning, its defaults: channels of the stream, and no heads and neurons",
+    "atp's units": "what AllInOnePruning has chosen in another run of the seed is cut, then LoRA",
 }
+FIXED = ("minilm", "atp's units", 0.4)  # what choosing costs, apart from what is chosen
 Batch = dict[str, Tensor]
 
 
@@ -83,6 +85,17 @@ class Adapted(Classifier):
             optimizer, lambda s: min((s + 1) / warm, max(0.0, (steps - s) / (steps - warm)))
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class GivenUnits(OneShotPruning):
+    """Cuts what it is told to cut."""
+
+    def __init__(self, kept: dict[str, Tensor], **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.given = kept
+
+    def _scores(self, trainer: L.Trainer, module: L.LightningModule, layout: Any) -> Any:
+        return {group.name: self.given[group.name].double() for group in layout.groups}
 
 
 def pruner(arm: str, sparsity: float, seed: int) -> list[L.Callback]:
@@ -156,25 +169,14 @@ def fit(
 
 
 def run(name: str, arm: str, sparsity: float, seed: int, options: Any) -> dict[str, Any]:
-    L.seed_everything(seed, verbose=False)
     began = time.perf_counter()
-    if name == "minilm":
-        module: Any = Adapted(RATES[name])
-        train = training_batches(options.data, seed)[: STEPS[name]]
-        held_out = held_out_sentences(options.data)
-    else:
-        module = CausalLM(
-            model=dense(), adapters=ADAPTERS, learning_rate=RATES[name], weight_decay=0.0
-        )
-        split = questions(options.data)
-        train, held_out = split["train"], split["validation"]
-    module.validation_step = lambda batch, index: None
-    blocks = block_weights(module)
     callbacks = pruner(arm, sparsity, seed)
-    fit(module, train, held_out, callbacks)
-    if any(".lora_" in n for n, _ in module.named_parameters()):
-        lora.merge(module, dense=True)
-    module.float()
+    if arm == FIXED[1]:
+        common: dict[str, Any] = {"sparsity": sparsity, "units": UNITS, "allocation": "global"}
+        chosen = AllInOnePruning(sparsity, units=UNITS, seed=seed)
+        trained(name, [chosen], seed, options)
+        callbacks = [GivenUnits(chosen._kept, at=0.0, **common)]
+    module, blocks, test = trained(name, callbacks, seed, options)
     row = {
         "network": name,
         "arm": arm,
@@ -188,9 +190,34 @@ def run(name: str, arm: str, sparsity: float, seed: int, options: Any) -> dict[s
     if name == "minilm":
         row["accuracy"] = accuracy(module, options.data)
     else:
-        row["loss"] = loss_of(module.model, split["test"])
+        row["loss"] = loss_of(module.model, test)
     seconds = round(time.perf_counter() - began)
     return row | {"seconds": seconds, "machine": minilm.machine()}
+
+
+def trained(
+    name: str, callbacks: list[L.Callback], seed: int, options: Any
+) -> tuple[Any, int, list[Batch]]:
+    """A network that was tuned and merged, its block weights before, and what it is measured on."""
+    L.seed_everything(seed, verbose=False)
+    test: list[Batch] = []
+    if name == "minilm":
+        module: Any = Adapted(RATES[name])
+        train = training_batches(options.data, seed)[: STEPS[name]]
+        held_out = held_out_sentences(options.data)
+    else:
+        module = CausalLM(
+            model=dense(), adapters=ADAPTERS, learning_rate=RATES[name], weight_decay=0.0
+        )
+        split = questions(options.data)
+        train, held_out, test = split["train"], split["validation"], split["test"]
+    module.validation_step = lambda batch, index: None
+    blocks = block_weights(module)
+    fit(module, train, held_out, callbacks)
+    if any(".lora_" in n for n, _ in module.named_parameters()):
+        lora.merge(module, dense=True)
+    module.float()
+    return module, blocks, test
 
 
 def residual(callbacks: list[L.Callback]) -> float | None:
@@ -258,7 +285,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
     arms = [(name, "dense", 0.0) for name in STEPS]
-    arms += [(n, arm, level) for n in STEPS for level in LEVELS for arm in ARMS if arm != "dense"]
+    plain = [arm for arm in ARMS if arm not in ("dense", FIXED[1])]
+    arms += [*((n, arm, level) for n in STEPS for level in LEVELS for arm in plain), FIXED]
     rows = stored.load(STORE)
     for seed in options.seeds:
         for name, arm, level in arms:
