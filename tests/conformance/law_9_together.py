@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import LearningRateFinder
+from torch.utils.data import DataLoader
 
 from tests.conformance.law_2_budgets import assert_exact, count
 from tests.conformance.law_3_zeros import ALWAYS, Norms
 from tests.conformance.registry import Case, check
-from tests.conformance.toy import STEPS, train
+from tests.conformance.toy import STEPS, batches, train
 from tests.conformance.watch import Watch, copied, same_bits, weights
 
 
@@ -107,6 +109,20 @@ def low_rank_adapters(case: Case, folder: Path) -> None:
             assert not same_bits(value, start[name]), f"{name} did not learn"
         else:
             assert same_bits(value, start[name]), f"{name} is frozen, and was changed"
+
+
+@check(9)
+def learning_rate_finder(case: Case, folder: Path) -> None:
+    """Lightning's search trains the network and takes it back; the run is what it is without."""
+    data = DataLoader(batches(), batch_size=None)  # Batches would remember what the search took
+    plain, one = case.model(), case.make()
+    train(plain, one, loader=data)
+    search = LearningRateFinder(num_training_steps=4, update_attr=False, early_stop_threshold=None)
+    model, other = case.model(), case.make()
+    train(model, other, search, loader=data, default_root_dir=folder)
+    assert count(one.masks)[0] > 0
+    assert same_bits(weights(model), weights(plain))
+    assert same_bits(other.masks, one.masks)
 
 
 @check(9, "targets")

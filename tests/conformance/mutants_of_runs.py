@@ -236,6 +236,24 @@ class SaysNothing(GradualMagnitudePruning):
 # Law 9 ------------------------------------------------------------------------------------------
 
 
+class TakesAnyStateForTheLast(GradualMagnitudePruning):
+    """Has a state before it has begun; given one, it prunes no more, as if its run were over."""
+
+    given = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"given": self.given}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.given = True
+        if len(state_dict) > 1:
+            super().load_state_dict(state_dict)
+
+    def _update(self, sparsity: float) -> None:
+        if not self.given:
+            super()._update(sparsity)
+
+
 class TouchesOthersWeights(GradualMagnitudePruning):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

@@ -125,6 +125,7 @@ MUTATIONS: dict[type, tuple[str, ...]] = {
     ),
     runs.RefusesLate: ("8-globs", "8-one_owner", "8-beyond_the_run", "8-averages_after_ours"),
     runs.SaysNothing: ("8-a_run_that_stops_early", "8-a_checkpoint_without_state"),
+    runs.TakesAnyStateForTheLast: ("9-learning_rate_finder",),
     runs.TouchesOthersWeights: ("9-alone_or_together", "9-frozen_layers", "9-low_rank_adapters"),
 }
 
