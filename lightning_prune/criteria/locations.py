@@ -25,6 +25,10 @@ class Locations:
     def __init__(self) -> None:
         self.given: Mapping[str, Tensor] = {}
 
+    def __str__(self) -> str:
+        """For plans: what gates, generators and one shot have in common."""
+        return "scores taken in training"
+
     def score(self, target: Target) -> Tensor:
         """The locations; weights and rows that are zero score lowest."""
         weight = target.local

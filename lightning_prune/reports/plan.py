@@ -270,6 +270,13 @@ def _pruned(targets: Sequence[Target], policy: Policy, sparsity: float) -> tuple
     return pruned, False
 
 
+def _said(criterion: object) -> str:
+    """Its own words, or its class; never an address."""
+    kind = type(criterion)
+    plain = kind.__str__ is object.__str__ and kind.__repr__ is object.__repr__
+    return kind.__name__ if plain else str(criterion)
+
+
 def _costed(policy: Policy, budget: str, targets: Sequence[Target]) -> Policy | None:
     """The policy with the costs of the budget; None where these are not known before the run."""
     if budget == "bytes":
@@ -336,7 +343,7 @@ def plan(model: nn.Module, callback: Planned, total_steps: int | None) -> Plan:
     return Plan(
         model=type(model).__name__,
         callback=callback.name,
-        method=f"criterion {policy.criterion}, {policy.shape}, "
+        method=f"criterion {_said(policy.criterion)}, {policy.shape}, "
         f"budget in {callback.settings.budget}",
         total_steps=total_steps,
         selected=tuple(

@@ -6,7 +6,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from lightning_prune.callbacks import GradualMagnitudePruning
+from lightning_prune.callbacks import GradualMagnitudePruning, HardConcretePruning
 from lightning_prune.distributed import Shards
 from lightning_prune.errors import PruneError
 from lightning_prune.reports import plan
@@ -37,6 +37,25 @@ def test_what_is_pruned_and_what_not():
     assert found.sparsity_total_at_end == pytest.approx(128 / TOTAL)
     assert found.bytes_dense == 4 * TOTAL
     assert found.reloads == "stock"
+
+
+class Sizes:
+    """A criterion of one's own, which says nothing of itself."""
+
+    def score(self, target):
+        return target.local.abs()
+
+
+@pytest.mark.parametrize(
+    ("callback", "words"),
+    [
+        (GradualMagnitudePruning(0.5), "criterion Magnitude(), "),
+        (GradualMagnitudePruning(0.5, criterion=Sizes()), "criterion Sizes, "),
+        (HardConcretePruning(0.5), "criterion scores taken in training, "),
+    ],
+)
+def test_a_plan_names_the_criterion(callback, words):
+    assert plan(network(), callback, 100).method.startswith(words)
 
 
 def test_the_steps_are_those_of_the_schedule():
