@@ -23,7 +23,7 @@ import lightning as L
 import minilm
 import stored
 import torch
-from small_llama import fit, language_model, loss_of
+from small_llama import BLOCK, fit, language_model, loss_of
 
 from lightning_prune import report
 from lightning_prune.callbacks import GradualMagnitudePruning
@@ -39,7 +39,7 @@ RATE = 2e-3
 
 
 def run(
-    sparsity: float, start: float, end: float, width: int, seed: int, rate: float
+    sparsity: float, start: float, end: float, width: int, seed: int, rate: float, steps: int
 ) -> dict[str, Any]:
     L.seed_everything(seed, verbose=False)
     began = time.perf_counter()
@@ -54,7 +54,7 @@ def run(
             end=1.0 if once else end,
             basis="compute",
         )
-    fit(module, [pruner] if pruner else [], STEPS, ROWS, seed)
+    fit(module, [pruner] if pruner else [], steps, ROWS, seed)
     parameters = sum(p.numel() for p in module.parameters())
     return {
         "width": width,
@@ -63,7 +63,7 @@ def run(
         "end": end,
         "seed": seed,
         "rate": rate,
-        "steps": STEPS,
+        "steps": steps,
         "loss": loss_of(module),
         "parameters": parameters,
         "left": parameters - report(module).zeros,
@@ -94,6 +94,8 @@ def point(row: dict[str, Any]) -> ScalingRun:
 def table(rows: list[dict[str, Any]]) -> str:
     """The results as Markdown."""
     rows = sorted(rows, key=lambda r: (*arm(r), r["rate"]))
+    others = [r for r in rows if r["steps"] != STEPS]
+    rows = [r for r in rows if r["steps"] == STEPS]
     bests = {arm(r): r for r in sorted(rows, key=lambda r: -r["loss"])}
     many = len({r["width"] for r in rows if not r["sparsity"]}) >= 3
     runs = [point(r) for r in bests.values()]
@@ -147,6 +149,20 @@ def table(rows: list[dict[str, Any]]) -> str:
             lines += ["", f"Off {title}: {spread:.2%} (root mean square), {max(off, key=abs):+.2%} "
                       "at most."]  # fmt: skip
         plot_scaling(runs, law, path=STORE.with_suffix(".png"))
+    if others:
+        lines += [
+            "",
+            "## Trained for longer",
+            "",
+            "| wide | steps | bytes a parameter | zero | from | to | steps | loss |",
+            "|---" * 8 + "|",
+        ]
+    for r in others:
+        moments = f"{r['start']:.0%} | {r['end']:.0%} | {r['updates'][0]} to {r['updates'][1]}"
+        lines.append(
+            f"| {r['width']} | {r['steps']} | {r['steps'] * ROWS * BLOCK / r['parameters']:.1f} | "
+            f"{r['sparsity']:.0%} | {moments if r['sparsity'] else '- | - | -'} | {r['loss']:.4f} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -156,6 +172,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", default=[], help="'dense', '0.5', '0.5:0.25:0.75'")
+    parser.add_argument("--width", type=int, default=WIDTHS[-1], help="of what is pruned")
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--rates", type=float, nargs="+", default=[RATE])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -163,7 +181,7 @@ def main() -> None:
     grid = [(s, a, b) for s, a, b in product(SPARSITIES, STARTS, ENDS)]
     grid.sort(key=lambda cell: cell[1:] != BEST)
     arms = [(0.0, 0.0, 0.0, width) for width in reversed(WIDTHS)]
-    arms += [(*cell, WIDTHS[-1]) for cell in grid]
+    arms += [(*cell, options.width) for cell in grid]
     rows = stored.load(STORE)
     for seed, (sparsity, start, end, width), rate in product(options.seeds, arms, options.rates):
         words = {f"{sparsity:g}:{start:g}:{end:g}", f"{sparsity:g}"}
@@ -171,7 +189,7 @@ def main() -> None:
         if options.only and not words & set(options.only):
             continue
         wanted = {"width": width, "sparsity": sparsity, "start": start, "end": end}
-        wanted |= {"seed": seed, "rate": rate}
+        wanted |= {"seed": seed, "rate": rate, "steps": options.steps}
         if not any(wanted.items() <= row.items() for row in rows):
             stored.add(run(**wanted), rows, STORE, table)
     if rows:
