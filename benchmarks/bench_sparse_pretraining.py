@@ -158,10 +158,12 @@ def table(rows: list[dict[str, Any]]) -> str:
             "|---" * 8 + "|",
         ]
     for r in others:
-        moments = f"{r['start']:.0%} | {r['end']:.0%} | {r['updates'][0]} to {r['updates'][1]}"
+        moments = "- | - | -"
+        if r["sparsity"]:
+            moments = f"{r['start']:.0%} | {r['end']:.0%} | {r['updates'][0]} to {r['updates'][1]}"
         lines.append(
             f"| {r['width']} | {r['steps']} | {r['steps'] * ROWS * BLOCK / r['parameters']:.1f} | "
-            f"{r['sparsity']:.0%} | {moments if r['sparsity'] else '- | - | -'} | {r['loss']:.4f} |"
+            f"{r['sparsity']:.0%} | {moments} | {r['loss']:.4f} |"
         )
     return "\n".join(lines) + "\n"
 

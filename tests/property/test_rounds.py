@@ -9,7 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lightning_prune.errors import PruneError
-from lightning_prune.rounds import cut_short, lay_out, lay_out_one, sparsity_after
+from lightning_prune.rounds import cut_short, lay_out, lay_out_one
+from lightning_prune.schedules import Iterative
 
 REWINDS = st.integers(0, 300) | st.floats(0, 0.99)
 
@@ -50,7 +51,8 @@ def test_a_run_of_whole_rounds_is_divided_into_them(rounds, rewind, length):
 
 @given(rounds=st.integers(1, 30), final=st.floats(0.01, 0.999))
 def test_each_pruning_takes_the_same_share_of_what_is_left(rounds, final):
-    left = [1 - sparsity_after(r, rounds, final) for r in range(rounds + 1)]
+    schedule = Iterative(rounds)
+    left = [1 - schedule.after(r, 0.0, final) for r in range(rounds + 1)]
     shares = [b / a for a, b in itertools.pairwise(left)]
     assert all(math.isclose(share, shares[0], rel_tol=1e-6) for share in shares)
     assert left[0] == 1
