@@ -227,13 +227,15 @@ def test_a_second_sweep_in_the_same_folder_is_refused(runs, tmp_path, capsys, mo
     answers = []
 
     def first(command, log):
-        answers.append(main(["sweep", path]))  # as if from another shell
+        if not answers:
+            answers.append(None)
+            answers.append(main(["sweep", path]))  # as if from another shell
         finish(log.parent)
         return 0
 
     monkeypatch.setattr(sweep, "_run", first)
     assert main(["sweep", path]) == 0
-    assert answers == [2, 2]
+    assert answers == [None, 2]
     message = capsys.readouterr().err
     assert "Another sweep is at work in this folder" in message
     assert "output_dir" in message
