@@ -104,7 +104,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         "# Sparse pretraining: when to prune, and what predicts the loss",
         "",
         f"- Machine: {rows[0]['machine']}",
-        "- Command: `python benchmarks/bench_sparse_pretraining.py`",
+        "- Command: `python benchmarks/bench_sparse_pretraining.py`; dense also with `--only dense "
+        "--rates 0.001 0.002`; the last table with `--width 64 --steps 6000 --only dense:64 "
+        "0.8:0:0.5 0.8:0:1 0.8:0.25:0.75` (the text four times over).",
         f"- Llama, 4 layers, bytes of the standard library's source, {STEPS} steps of {ROWS} x 128 "
         "without repetition, AdamW, cosine. Loss: nats a byte of modules held out.",
         "- Laws and bests take each network at the best of the rates it was run at.",
