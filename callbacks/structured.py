@@ -38,7 +38,7 @@ from lightning_prune.patterns import Unstructured
 from lightning_prune.removal import RemovalPlan, check_norms, remove
 from lightning_prune.removal.masked import silence
 from lightning_prune.targets import Excluded, Selection, Target, as_globs, select
-from lightning_prune.unit_layout import Layout
+from lightning_prune.unit_layout import Layout, check_multiple
 from lightning_prune.unit_policy import UnitMembers, UnitPolicy
 
 __all__ = ["StructuredCallback"]
@@ -107,6 +107,7 @@ class StructuredCallback(CompactingCallback):
                     fix="write units=['heads', 'ffn'], or leave them out",
                 )
             return
+        check_multiple(self.multiple_of, f"{name}(multiple_of=...)")
         check_one_stream(units, f"{name}(units=...)")
         plain = isinstance(self.settings.pattern, Unstructured)
         if not plain or not isinstance(self.policy.allocation, Global):

@@ -13,9 +13,25 @@ from lightning_prune.anatomy import Anatomy, Group
 from lightning_prune.errors import refusal
 from lightning_prune.masks import constant
 
-__all__ = ["Layout"]
+__all__ = ["Layout", "check_multiple"]
 
 _WHOLE = ("attention", "layers")
+
+
+def check_multiple(step: object, where: str) -> None:
+    """Refuses a step that sizes cannot be multiples of.
+
+    Raises:
+        PruneError: Not an integer, or below 1.
+    """
+    if isinstance(step, bool) or not isinstance(step, int) or step < 1:
+        raise refusal(
+            "Sizes stay multiples of a whole number",
+            where=where,
+            got=step,
+            allowed="an integer >= 1",
+            fix="write multiple_of=8",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,15 +56,7 @@ class Layout:
 
     def __post_init__(self) -> None:
         """Checks the step."""
-        step = self.multiple_of
-        if isinstance(step, bool) or not isinstance(step, int) or step < 1:
-            raise refusal(
-                "Sizes stay multiples of a whole number",
-                where="multiple_of=...",
-                got=step,
-                allowed="an integer >= 1",
-                fix="write multiple_of=8",
-            )
+        check_multiple(self.multiple_of, "multiple_of=...")
 
     def stays(self, group: Group) -> list[int]:
         """Which of a group's units stay in any case.

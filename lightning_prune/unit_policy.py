@@ -18,11 +18,11 @@ from lightning_prune.followers import Members
 from lightning_prune.policy import Policy
 from lightning_prune.targets import Target
 from lightning_prune.unit_layout import Layout
+from lightning_prune.unit_steps import Step, Steps
 
 __all__ = ["UnitMembers", "UnitPolicy"]
 
 _ROUNDED = ("ffn", "hidden", *STREAM_SLICES)
-_SLACK = 1e-6  # of a count, for rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,19 +71,6 @@ class UnitMembers(Members):
             layout=self.layout,
             everything=self.everything,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """Units that go together: numbers by group name, and their score."""
-
-    score: float
-    units: tuple[tuple[str, tuple[int, ...]], ...]
-
-    @property
-    def chain(self) -> str:
-        """What names the steps that must go one after the other."""
-        return self.units[0][0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,60 +168,10 @@ class UnitPolicy(Policy):
         Returns:
             Bool masks by group name.
         """
-        counter = self.counter(targets)
-        steps = self._steps(targets, kept)
-        total = float(counter.count({}))
-
-        def after(removed: Sequence[_Step]) -> dict[str, Tensor]:
-            masks = {name: mask.clone() for name, mask in kept.items()}
-            for step in removed:
-                for name, units in step.units:
-                    masks[name][list(units)] = False
-            return masks
-
-        def size(removed: Sequence[_Step]) -> float:
-            return float(counter.count(after(removed)))
-
-        def fewest(base: Sequence[_Step], more: Sequence[_Step]) -> list[_Step]:
-            """The base, and as few more as make it fit; all of them if nothing does."""
-            low, high = 0, len(more)
-            while low < high:
-                middle = (low + high) // 2
-                enough = size([*base, *more[:middle]]) <= (1 - sparsity) * total + _SLACK
-                low, high = (low, middle) if enough else (middle + 1, high)
-            return [*base, *more[:low]]
-
-        chosen = fewest([], steps)
-        floor = (1 - final) * total
-        while chosen and size(chosen) < floor - _SLACK:
-            large, base = chosen[-1], chosen[:-1]
-            before = size(base)
-            if before <= (1 - sparsity) * total + _SLACK:
-                break
-            first = {s.chain: s for s in reversed(steps[len(base) + 1 :])}
-            costs = {
-                chain: before - size([*base, step])
-                for chain, step in first.items()
-                if chain != large.chain
-            }
-            cost = before - size(chosen)
-            smaller = [s for s in steps[len(base) + 1 :] if costs.get(s.chain, cost) < cost]
-            other = fewest(base, smaller)
-            if not smaller or not size(chosen) < size(other) <= (1 - sparsity) * total + _SLACK:
-                break
-            chosen = other
-        room, full = (1 - sparsity) * total + _SLACK, set[str]()
-        while size(chosen) < floor - _SLACK:  # the best of those that fit come back
-            last = {step.chain: step for step in chosen if step.chain not in full}
-            if not last:
-                break
-            best = max(last.values(), key=lambda step: step.score)
-            fewer = [step for step in chosen if step is not best]
-            if size(fewer) <= room:
-                chosen = fewer
-            else:
-                full.add(best.chain)
-        return after(chosen)
+        steps = Steps(self._steps(targets, kept), kept, self.counter(targets))
+        room, floor = ((1 - share) * steps.total for share in (sparsity, final))
+        left = steps.left(steps.chosen(room=room, floor=floor))
+        return {name: mask.clone() for name, mask in left.items()}
 
     def _least(self, group: Group) -> int:
         least = max(1, -(-int(self.min_density * group.size * 1e9) // 10**9))
@@ -247,10 +184,10 @@ class UnitPolicy(Policy):
         uses = {t.name.removeprefix(prefix): float(self.costs.get(t.name, 1)) for t in targets}
         return Counter(self.layout.anatomy, uses)
 
-    def _steps(self, targets: Sequence[Target], kept: Mapping[str, Tensor]) -> list[_Step]:
+    def _steps(self, targets: Sequence[Target], kept: Mapping[str, Tensor]) -> list[Step]:
         """What may go, in the order in which it goes."""
         scores = self.unit_scores(targets)
-        chains: dict[object, list[list[_Step]]] = {}
+        chains: dict[object, list[list[Step]]] = {}
         for group in self.layout.alive(kept):
             score = scores[group.name].masked_fill(~kept[group.name], -torch.inf)
             key = (group.kind, group.size) if self.layout.uniform else group.name
@@ -259,24 +196,25 @@ class UnitPolicy(Policy):
         for several in chains.values():
             for together in zip(*several, strict=True):
                 units = tuple(u for step in together for u in step.units)
-                steps.append(_Step(sum(s.score for s in together) / len(together), units))
+                steps.append(Step(sum(s.score for s in together) / len(together), units))
         left = [step for step in steps if step.score != -torch.inf]
         return sorted(left, key=lambda step: step.score)
 
-    def _chain(self, group: Group, score: Tensor) -> list[_Step]:
+    def _chain(self, group: Group, score: Tensor) -> list[Step]:
         """One group's steps, lowest first; scores rise, since each is a mean of later ones."""
         score = score.clone()
         for unit in self.layout.stays(group):
             if score[unit] != -torch.inf:  # what is gone is not brought back
                 score[unit] = torch.inf
         order = torch.argsort(score, stable=True).tolist()
+        scores = score.tolist()
         width = self.layout.multiple_of if group.kind in _ROUNDED else 1
-        end = group.size - self._least(group)
-        cuts = list(range(end, 0, -width))[::-1]
+        cuts = list(range(group.size - self._least(group), 0, -width))[::-1]
         steps, start = [], 0
         for cut in cuts:
             units = tuple(order[start:cut])
-            steps.append(_Step(float(score[list(units)].mean()), ((group.name, units),)))
+            mean = sum(scores[unit] for unit in units) / len(units)
+            steps.append(Step(mean, ((group.name, units),)))
             start = cut
         return steps
 

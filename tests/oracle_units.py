@@ -75,3 +75,54 @@ def turned(befores, afters):
         for a, b in zip(before.astype(np.float64), after.astype(np.float64), strict=True):
             turns.append(1 - float(a @ b) / math.sqrt(float(a @ a) * float(b @ b)))
     return math.fsum(turns) / len(turns)
+
+
+# --- which units go -------------------------------------------------------------------------------
+
+
+def chosen(scores, chains, size, room, floor, slack=1e-6):
+    """The steps to make, one after the other, each by counting everything anew.
+
+    scores: of steps, lowest first. chains: the chain of each. size: of a set of steps made. The
+    lowest go until the rest fits `room`. While that is below `floor`, the last is taken back and
+    later steps of chains that take less are made in its place, if that leaves more. Then the best
+    come back one by one, of equal ones the last; a chain whose best does not fit is done with.
+    """
+    assert list(scores) == sorted(scores)
+    steps = range(len(scores))
+
+    def fill(made, more):
+        for step in more:
+            if size(made) <= room + slack:
+                break
+            made = made | {step}
+        return made
+
+    made = fill(frozenset(), steps)
+    while made and size(made) < floor - slack:
+        last = max(made)
+        base = made - {last}
+        if size(base) <= room + slack:
+            break
+        later = [s for s in steps if s > last and chains[s] != chains[last]]
+        cost = size(base) - size(made)
+        heads = {chains[s]: s for s in reversed(later)}
+        less = {c for c, s in heads.items() if size(base) - size(base | {s}) < cost}
+        smaller = [s for s in later if chains[s] in less]
+        if not smaller:
+            break
+        other = fill(base, smaller)
+        if not size(made) < size(other) <= room + slack:
+            break
+        made = other
+    done = set()
+    while size(made) < floor - slack:
+        back = [s for s in made if chains[s] not in done]
+        if not back:
+            break
+        best = max(back)
+        if size(made - {best}) <= room + slack:
+            made = made - {best}
+        else:
+            done.add(chains[best])
+    return made

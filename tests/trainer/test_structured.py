@@ -316,7 +316,7 @@ def test_budgets_and_units_that_are_refused():
     with refused(what="middle of this run", got="no units"):
         train(Module(), pruner(units=None, compact="early"))
     with refused(what="Sizes stay multiples", got="0"):
-        train(Module(), pruner(multiple_of=0))
+        pruner(multiple_of=0)
     with refused(what="One callback cuts", fix="last one"):
         train(
             Module(),

@@ -48,6 +48,7 @@ ROOMS = [
         "removal",
         "unit_layout",
         "unit_policy",
+        "unit_steps",
         "shape_policy",
         "gate_budgets",
         "planning",
