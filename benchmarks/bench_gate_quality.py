@@ -146,7 +146,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Gates on heads, neurons and sub-layers, cut out",
         "",
-        f"- Machine: {rows[0]['machine']}",
+        "- Machine: " + "; and ".join(dict.fromkeys(r["machine"] for r in rows)),
         "- Command: `python benchmarks/bench_gate_quality.py --data PATH --work FOLDER`",
         f"- {LENGTH} steps of 32 sentences at rate {rows[0]['rate']}, {rows[0]['precision']}.",
         "- Speed-up: 64 tokens, float32, interleaved with the dense network"

@@ -6,8 +6,9 @@ MiniLM on SST-2 as in bench_movement_quality.py, 10% kept. Masks come from runs 
 magnitude pruning, from the pretrained weights, and from chance; each is put on the pretrained
 network before the first step, and what it keeps is trained for the whole run at both
 rates. If masks differ where weights move little, and no longer where they move far, then the rate
-decides whether choosing well pays. Each row is written as it ends; a run that is started again
-goes on where it stopped.
+decides whether choosing well pays. What needs no encoder at all is what a bag of words gives: the
+mean of the embeddings under the same head. Each row is written as it ends; a run that is started
+again goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ import stored
 import torch
 from bench_movement_quality import fit, pruner
 from bench_quality import EVERY, Classifier, accuracy
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from lightning_prune.callbacks import GradualMagnitudePruning
 from lightning_prune.targets import Target, select
@@ -34,15 +36,34 @@ RESULTS = Path(__file__).parent / "results"
 STORE = RESULTS / "masks_retrained.jsonl"
 KEPT = 0.1
 RATES = (1e-4, 3e-4)
+LEARNED = ("movement", "magnitude")  # masks that come from a run
 MASKS = {
     "movement": "kept by MovementPruning in a run at the rate named",
     "magnitude": "kept by GradualMagnitudePruning in a run at the rate named",
     "pretrained": "the largest weights of the pretrained network",
     "random": "drawn at random, as many of each matrix as the pretrained mask has",
+    "no encoder": "the mean of the embeddings, which learn, and the head",
 }
 
 
-def targets(module: torch.nn.Module) -> list[Target]:
+class Bag(nn.Module):
+    """A classifier over the mean of its embeddings, with what surrounds MiniLM's encoder."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.embeddings, self.dropout = model.bert.embeddings, model.dropout
+        self.classifier = model.classifier
+
+    def forward(self, labels: Tensor, **batch: Tensor) -> SequenceClassifierOutput:
+        """Logits and the loss of a batch of (sentences, tokens)."""
+        mask = batch.pop("attention_mask")[..., None]
+        mean_BD = (self.embeddings(**batch) * mask).sum(1) / mask.sum(1)
+        logits_BK = self.classifier(self.dropout(mean_BD))
+        loss = nn.functional.cross_entropy(logits_BK, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits_BK)
+
+
+def targets(module: nn.Module) -> list[Target]:
     return select(module, minilm.ENCODER).targets
 
 
@@ -83,6 +104,15 @@ def retrained(
         if bool((target.local[~k] != 0).any()):
             raise RuntimeError(f"{target.name}: weights outside the mask have come back.")
     return {"accuracy": accuracy(module, options.data), "zero": zero}
+
+
+def bag(rate: float, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """No encoder, trained as the others are."""
+    L.seed_everything(seed, verbose=False)
+    module = Classifier(rate)
+    module.model = Bag(module.model)
+    fit(module, [], options, seed)
+    return {"accuracy": accuracy(module.float(), options.data), "zero": None}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -133,8 +163,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
     rows = stored.load(STORE)
-    wanted: list[tuple[str, float | None]] = [("pretrained", None), ("random", None)]
-    wanted += [(name, rate) for rate in reversed(RATES) for name in ("movement", "magnitude")]
+    wanted: list[tuple[str, float | None]] = [(name, None) for name in MASKS if name not in LEARNED]
+    wanted += [(name, rate) for rate in reversed(RATES) for name in LEARNED]
     for seed in options.seeds:
         for name, chosen in wanted:
             label = name if chosen is None else f"{name}:{chosen}"
@@ -144,13 +174,15 @@ def main() -> None:
             done = {(r["mask"], r["chosen"], r["rate"], r["seed"]) for r in rows}
             if all(key in done for key in keys):
                 continue
-            kept = mask(name, chosen, seed, options)
+            kept = [] if name == "no encoder" else mask(name, chosen, seed, options)
             for key in keys:
                 if key in done:
                     continue
                 began = time.perf_counter()
                 row = {"mask": name, "chosen": chosen, "rate": key[2], "seed": seed}
-                row |= retrained(kept, key[2], seed, options)
+                row |= (
+                    retrained(kept, key[2], seed, options) if kept else bag(key[2], seed, options)
+                )
                 row |= {
                     "seconds": round(time.perf_counter() - began),
                     "precision": options.precision,

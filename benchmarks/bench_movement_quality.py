@@ -6,7 +6,8 @@ MiniLM on 16,000 sentences for 2 epochs, the same batches, cubic schedule and st
 (see bench_quality.py). The teacher is the dense fine-tuned network of the same seed, trained at its
 own rate; its logits are cached. FOLDER keeps teachers and caches. Each arm's row is written as it
 ends; a run that is started again goes on where it stopped. Rows of other rates are kept, and shown
-in a table of their own.
+in a table of their own, as are those whose embeddings are frozen (`--frozen-words`), as the paper's
+are: a bag of words that learns gets 0.80 here without any encoder.
 """
 
 from __future__ import annotations
@@ -106,13 +107,16 @@ def teacher(options: argparse.Namespace, seed: int) -> nn.Module:
 
 
 def run(arm: str, kept: float, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    network = teacher(options, seed) if arm == "movement + KD" or arm == "dense" else None
+    taught = arm == "movement + KD" or (arm == "dense" and not options.frozen_words)
+    network = teacher(options, seed) if taught else None
     L.seed_everything(seed, verbose=False)
     module: Any = Classifier(FROZEN_HEAD if arm.startswith("SMP") else options.rate)
     if arm == "SMP-L, pooler":
         module = Pooled(POOLED_HEAD)
+    if options.frozen_words:
+        module.model.bert.embeddings.requires_grad_(False)
     began, last = time.perf_counter(), None
-    if arm == "dense":
+    if arm == "dense" and network is not None:
         module.model = network
     elif arm == "movement + KD":
         whole = DistillationModule(
@@ -125,7 +129,7 @@ def run(arm: str, kept: float, seed: int, options: argparse.Namespace) -> dict[s
         fit(whole, [pruner(arm, kept)], options, seed)
         last = whole.trainer.callback_metrics.get("distill/total")
     else:
-        fit(module, [pruner(arm, kept)], options, seed)
+        fit(module, [] if arm == "dense" else [pruner(arm, kept)], options, seed)
     module.float()
     weights = [t.local for t in select(module, minilm.ENCODER, frozen=True).targets]
     return {
@@ -139,12 +143,14 @@ def run(arm: str, kept: float, seed: int, options: argparse.Namespace) -> dict[s
         "precision": options.precision,
         "rate": options.rate,
         "epochs": bench_quality.EPOCHS,
+        "words": "frozen" if options.frozen_words else "learn",
         "machine": minilm.machine(),
     }
 
 
-def _key(row: dict[str, Any]) -> tuple[str, float, int, float, int]:
-    return row["arm"], row["kept"], row["seed"], row["rate"], row.get("epochs", 2)
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    rest = row.get("epochs", 2), row.get("words", "learn")
+    return row["arm"], row["kept"], row["seed"], row["rate"], *rest
 
 
 def elsewhere() -> list[dict[str, Any]]:
@@ -174,10 +180,16 @@ def table(rows: list[dict[str, Any]]) -> str:
         "- Magnitude at 10%, 5% and 20% kept may be the same arm as in quality.md.",
         *(f"- {arm}: {ARMS[arm]}." for arm in ARMS if any(r["arm"] == arm for r in rows)),
     ]
-    runs = {(r.get("epochs", 2), -r["rate"]) for r in rows if r["arm"] in ARMS}
-    for epochs, rate in sorted(runs):
-        lines += ["", f"## Weights at rate {-rate}, {epochs} epochs", ""]
-        lines += _one_run([r for r in rows if (r.get("epochs", 2), -r["rate"]) == (epochs, rate)])
+    runs: dict[tuple[bool, int, float], list[dict[str, Any]]] = {}
+    for r in rows:
+        frozen = r.get("words") == "frozen" or r["arm"].startswith("SMP")
+        runs.setdefault((frozen, r.get("epochs", 2), -r["rate"]), []).append(r)
+    for (frozen, epochs, rate), found in sorted(runs.items(), key=lambda run: run[0]):
+        if not any(r["arm"] in ARMS for r in found):
+            continue
+        words = "learn" if not frozen else "are frozen, as all of SMP's weights are"
+        lines += ["", f"## Weights at rate {-rate}, {epochs} epochs; embeddings {words}", ""]
+        lines += _one_run(found)
     return "\n".join(lines) + "\n"
 
 
@@ -214,6 +226,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--frozen-words", action="store_true", help="embeddings do not learn")
     parser.add_argument("--only", nargs="+", default=[], help="arms such as 'movement:0.1'")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -231,7 +244,9 @@ def main() -> None:
     for seed in options.seeds:
         for arm, kept in arms:
             wanted = not options.only or f"{arm}:{kept:g}" in options.only
-            done = any(_key(r) == (arm, kept, seed, options.rate, options.epochs) for r in rows)
+            words = "frozen" if options.frozen_words else "learn"
+            key = (arm, kept, seed, options.rate, options.epochs, words)
+            done = any(_key(r) == key for r in rows)
             if not wanted or done:
                 continue
             row = run(arm, kept, seed, options)
