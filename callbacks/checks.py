@@ -19,6 +19,7 @@ from lightning_prune.timeline import Timeline
 __all__ = [
     "check_callback_order",
     "check_enough_steps",
+    "check_flags",
     "check_fraction",
     "check_initial",
     "check_macs_known",
@@ -59,6 +60,19 @@ def check_fraction(value: float, argument: str) -> None:
             allowed="a number in [0, 1)",
             fix=f"write {value / 100:g} for {value:g}%" if percent else "write 0.9 for 90%",
         )
+
+
+def check_flags(callback: str, **flags: object) -> None:
+    """Refuses what is neither True nor False, and would count as True."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise refusal(
+                "A switch is on or off",
+                where=f"{callback}({name}=...)",
+                got=repr(value),
+                allowed="True or False",
+                fix=f"write {name}=True, or leave it out",
+            )
 
 
 def check_trainer(trainer: object, callback: str) -> None:

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from lightning_prune.apply import mask_moments_
 from lightning_prune.callbacks.averages import averages_weights
 from lightning_prune.callbacks.base import MaskCallback
+from lightning_prune.callbacks.checks import check_flags
 from lightning_prune.callbacks.diff_checks import check_gates, moment
 from lightning_prune.callbacks.observing import loss_scale, will_skip
 from lightning_prune.callbacks.settings import Settings
@@ -110,6 +111,7 @@ class DiffPruning(MaskCallback):
             initial_sparsity=0.0,
             total_steps=total_steps,
         )
+        check_flags(name, tensor_gates=tensor_gates)
         check_gates(name, gate_lr, gate_init, penalty, seed, _LIMIT)
         self._differences = Differences(
             GateSettings(

@@ -296,6 +296,8 @@ class DynamicBatchLoading(L.Callback):
 def _check(
     references: Mapping[str, float], eta: float, clamp: bool, floor: float, every: int | None
 ) -> None:
+    if not isinstance(references, Mapping):
+        raise _refused("reference_losses", references, "a loss for each domain", "name them")
     for name, value in references.items():
         if not is_number(value):
             raise _refused(f"reference_losses, {name}", value, "a finite number", "measure it")

@@ -44,6 +44,15 @@ def check_one_budget(
             allowed="a number in [0, 1), or a target_shape",
             fix="write sparsity=0.9",
         )
+    for kind, width in (target_shape or {}).items():
+        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+            raise refusal(
+                "A target shape has widths that a network can be cut down to",
+                where=f"{callback}(target_shape=...)",
+                got=f"{kind}: {width!r}",
+                allowed="an integer >= 1 for each kind of unit",
+                fix="write the number of units that every layer keeps",
+            )
     told = {"sparsity": sparsity, "units": units, **others}
     more = {name: x for name, x in told.items() if x != _UNTOLD[name]}
     if target_shape is not None and more:

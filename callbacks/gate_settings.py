@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_prune.callbacks.checks import check_flags
 from lightning_prune.errors import refusal
 from lightning_prune.gates import HardConcrete, Lagrangian
 from lightning_prune.gates.gated import Gating
@@ -57,6 +58,7 @@ class GateSettings:
                 allowed="a float in (0, 1], or a number of steps (int >= 1)",
                 fix="leave it out for 0.5",
             )
+        check_flags(self.callback, absolute=self.absolute)
         if self.test_gate not in ("louizos", "counted"):
             raise refusal(
                 "Unknown gate at test time",

@@ -17,6 +17,7 @@ from lightning_prune.anatomy import ffn_followers
 from lightning_prune.apply import mask_
 from lightning_prune.callbacks.averages import project_averages
 from lightning_prune.callbacks.base import MaskCallback
+from lightning_prune.callbacks.checks import check_flags
 from lightning_prune.callbacks.compacting import CompactingCallback
 from lightning_prune.callbacks.movement_checks import check_movement
 from lightning_prune.callbacks.score_rates import as_factor
@@ -135,6 +136,7 @@ class MovementPruning(CompactingCallback):
             total_steps=total_steps,
         )
         allocation = as_allocation(allocation)
+        check_flags(name, mask_bias=mask_bias, freeze_weights=freeze_weights)
         check_movement(settings, mode, penalty, allocation, units)
         self.mode, self.freeze_weights = mode, freeze_weights
         self.units, self.mask_bias = units, mask_bias

@@ -26,6 +26,7 @@ from lightning_prune.callbacks.adapter_removal import (
     remove_units,
 )
 from lightning_prune.callbacks.base import MaskCallback
+from lightning_prune.callbacks.checks import check_flags
 from lightning_prune.callbacks.compacting import CompactingCallback
 from lightning_prune.callbacks.settings import Settings
 from lightning_prune.criteria import Criterion, Observer
@@ -77,6 +78,7 @@ class StructuredCallback(CompactingCallback):
         self._kept: dict[str, Tensor] = {}
         self._activity: Activity | None = None
         self._hooks: list[RemovableHandle] = []
+        check_flags(self.name, uniform=uniform)
         self._check_arguments()
 
     def _check_arguments(self) -> None:

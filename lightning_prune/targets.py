@@ -5,7 +5,7 @@ Shape letters used in the engine: G groups (experts), O outputs, K kernel positi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -235,12 +235,11 @@ def _unusable(parameter: nn.Parameter) -> str | None:
 
 def as_globs(value: str | Sequence[str] | None) -> tuple[str, ...] | None:
     """One glob, several or none, in one form."""
-    return (value,) if isinstance(value, str) else None if value is None else tuple(value)
+    several = isinstance(value, Iterable) and not isinstance(value, str)
+    return tuple(value) if several else None if value is None else (value,)  # type: ignore
 
 
 def _globs(value: str | Sequence[str] | None, argument: str) -> tuple[str, ...]:
-    if value is None:
-        return ()
     globs = as_globs(value) or ()
     for glob in globs:
         if not isinstance(glob, str) or not glob:

@@ -125,6 +125,7 @@ def test_two_callbacks_with_budgets_of_their_own():
         ("end", (-1, 1.5, True, "0.5", None), "[0, 1]"),
         ("end", (1,), "1.0"),
         ("total_steps", (0, 1.5), ">= 1"),
+        ("tensor_gates", ("yes", 1, None), "True or False"),
     ],
 )
 def test_refuses_arguments_out_of_range(name, values, allowed):

@@ -318,10 +318,10 @@ def test_two_processes_draw_what_one_draws(tmp_path):
     ("arguments", "expected"),
     [
         ({"reference_losses": {}}, {"where": "reference_losses"}),
+        ({"reference_losses": ["a"]}, {"where": "reference_losses", "got": "['a']"}),
         ({"reference_losses": {"a": math.nan}}, {"where": "reference_losses, a", "got": "nan"}),
         ({"reference_losses": {"a": "2"}}, {"got": "'2'"}),
         ({"eta": -1.0}, {"where": "eta", "got": "-1.0"}),
-        ({"eta": math.inf}, {"where": "eta"}),
         ({"clamp": "no"}, {"where": "clamp"}),
         ({"floor": 1.0}, {"where": "floor", "allowed": "[0, 1)"}),
         ({"floor": -0.1}, {"where": "floor"}),

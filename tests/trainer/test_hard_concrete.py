@@ -366,6 +366,12 @@ def test_what_cannot_be_asked_of_gates_is_refused():
         HardConcretePruning(0.5, target_shape={"ffn": 2})
     with refused(where="target_shape", got="heads"):
         HardConcretePruning(units=["heads"], target_shape={"ffn": 2})
+    for kind, width in (("ffn", 0), ("ffn", 2.0), ("heads", True)):
+        with refused(where="target_shape", got=f"{kind}: {width}", allowed=">= 1"):
+            HardConcretePruning(target_shape={kind: width})
+    for flag in ("absolute", "uniform"):
+        with refused(where=f"({flag}=...)", got="'yes'", allowed="True or False"):
+            HardConcretePruning(0.5, units="ffn", **{flag: "yes"})
     for name, value in (("multiple_of", 8), ("min_density", 0.5), ("budget", "macs")):
         with refused(where="target_shape", got=f"{name}={value}", fix=f"leave {name} out"):
             HardConcretePruning(target_shape={"ffn": 2}, **{name: value})
@@ -385,6 +391,5 @@ def test_what_a_run_cannot_do_is_refused_before_the_first_batch():
     refuses(frozen, gates, where="wide.weight", fix="requires_grad")
     kinds = HardConcretePruning(0.5, units=["head_dims"], start=5)  # not only when gates begin
     refuses(Module(), kinds, where="head_dims", allowed="'heads'")
-    for shape in ({"ffn": 25}, {"ffn": 0}, {"ffn": 2.0}, {"heads": True}):
-        given = HardConcretePruning(target_shape=shape)
-        refuses(Module(), given, where="target_shape", allowed="integer from 1 to")
+    wide = HardConcretePruning(target_shape={"ffn": 25})
+    refuses(Module(), wide, where="target_shape", allowed="integer from 1 to")

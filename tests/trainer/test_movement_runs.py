@@ -136,6 +136,9 @@ def test_scores_of_a_tensor_of_zeros_start_at_zero():
 def test_what_makes_no_sense_is_refused():
     with refused(where="mode", got="'hard'", allowed="'topk'", fix="soft"):
         pruner(mode="hard")
+    for flag in ("freeze_weights", "mask_bias"):
+        with refused(where=f"({flag}=...)", got="'no'", allowed="True or False"):
+            MovementPruning(0.5, **{flag: "no"})
     with refused(where="penalty", got="penalty=3", allowed="no penalty", fix="mode='soft'"):
         pruner(penalty=3)
     with refused(where="penalty", got="-1", allowed=">= 0", fix="default"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_prune.targets import Selection, canonical_name, select
+from lightning_prune.targets import Selection, as_globs, canonical_name, select
 from tests.refusals import refused
 from tests.weights import target
 
@@ -249,6 +249,8 @@ def test_globs_are_a_list_of_words(argument):
     for wrong in ([""], [None], [3]):
         with refused(where=argument, got=str(wrong[0]), allowed="non-empty strings"):
             select(Everything(), **{argument: wrong})
+    with refused(where=argument, got="3", allowed="non-empty strings"):
+        select(Everything(), **{argument: as_globs(3)})
 
 
 def test_a_selection_of_nothing_is_refused():
