@@ -29,7 +29,7 @@ from lightning_prune.followers import Members, biases_of
 from lightning_prune.patterns import Pattern, as_pattern
 from lightning_prune.remembered import Remembered
 from lightning_prune.schedules import Schedule, as_schedule
-from lightning_prune.targets import Target, as_globs, canonical_name, select
+from lightning_prune.targets import LAYER_MAPS, Target, as_globs, canonical_name, select
 
 __all__ = ["MovementPruning"]
 
@@ -184,14 +184,15 @@ class MovementPruning(CompactingCallback):
             self._freeze(trainer, pl_module)
 
     def _freeze(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Freezes all but output heads and what callbacks of the Trainer prune."""
+        """Freezes all but heads, layer maps, and what callbacks of the Trainer prune."""
         pruners = [c for c in trainer.callbacks if isinstance(c, MaskCallback)]  # type: ignore[attr-defined]
         spared = {id(t.parameter) for c in pruners for t in c.selection(pl_module).targets}
         plain = select(pl_module, frozen=True).excluded
         heads = {e.name.rpartition(".")[0] for e in plain if e.reason == "output head"}
         for path, parameter in pl_module.named_parameters():
-            in_head = canonical_name(path).rpartition(".")[0] in heads
-            if parameter.requires_grad and id(parameter) not in spared and not in_head:
+            name = canonical_name(path)
+            kept = name.rpartition(".")[0] in heads or name.startswith(LAYER_MAPS)
+            if parameter.requires_grad and id(parameter) not in spared and not kept:
                 parameter.requires_grad_(False)
                 self._frozen.append(parameter)
 

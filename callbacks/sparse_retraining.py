@@ -39,7 +39,7 @@ from lightning_prune.distributed import (
 from lightning_prune.errors import refusal
 from lightning_prune.flags import count_true
 from lightning_prune.masks import MaskSet, zero_fraction
-from lightning_prune.targets import Selection, Target, as_globs, canonical_name, select
+from lightning_prune.targets import LAYER_MAPS, Selection, Target, as_globs, canonical_name, select
 
 __all__ = ["SparseRetraining"]
 
@@ -168,7 +168,7 @@ class SparseRetraining(L.Callback):
                 learns = before and self.adapters is not None
             elif ".original_module." in name:  # peft's copy, which is not in use
                 learns = False
-            elif ".modules_to_save." in name or name.startswith("layer_maps."):
+            elif ".modules_to_save." in name or name.startswith(LAYER_MAPS):
                 learns = before
             else:  # peft freezes all; what the user froze stays so
                 thawed = id(parameter) in of_peft and parameter.is_floating_point()

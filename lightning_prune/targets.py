@@ -18,8 +18,9 @@ from torch.nn.parameter import is_lazy
 from lightning_prune.errors import refusal
 
 __all__ = ["Excluded", "Layout", "Selection", "Target", "as_globs", "canonical_name", "multiplies"]
-__all__ += ["is_transposed_linear", "select"]
+__all__ += ["LAYER_MAPS", "is_transposed_linear", "select"]
 
+LAYER_MAPS = "layer_maps."  # of a DistillationModule: they learn, and are gone after fit
 Layout = Literal["linear", "transposed", "conv", "experts", "experts_transposed", "vector", "table"]
 
 _NORM_TYPES = (

@@ -10,6 +10,7 @@ from torch import nn
 from lightning_prune.apportionment import Pool
 from lightning_prune.errors import refusal
 from lightning_prune.targets import (
+    LAYER_MAPS,
     Excluded,
     Selection,
     _any_match,
@@ -24,6 +25,7 @@ from lightning_prune.threshold import Quota, smallest
 __all__ = ["Largest", "parameter_names", "select_difference"]
 
 _HEAD = "output head: trained dense, not counted"
+_MAP = "layer map of a distillation: trained dense, gone after fit"
 
 
 def parameter_names(model: nn.Module) -> dict[int, tuple[list[str], bool]]:
@@ -52,7 +54,7 @@ def select_difference(
     """Chooses the parameters whose difference is gated.
 
     By default all that require gradients, biases, norms, embeddings and tied tensors (once)
-    included, without output heads.
+    included, without output heads and the layer maps of a distillation.
 
     Args:
         model: Any module; names are those of its ``state_dict``.
@@ -74,7 +76,11 @@ def select_difference(
     places = parameter_names(model)
     wanted = as_globs(targets) or ()
     trained = {id(p) for p in model.parameters() if p.requires_grad}
-    plain = [names[0] for key, (names, head) in places.items() if key in trained and not head]
+    plain = [
+        names[0]
+        for key, (names, head) in places.items()
+        if key in trained and not head and not names[0].startswith(LAYER_MAPS)
+    ]
     # every default name is asked for in full, so that no other default of `select` is in force;
     # what the user's own globs match is sorted out below
     both = [*plain, *wanted] if plain or wanted else None
@@ -104,8 +110,12 @@ def _explained(selection: Selection, places: Mapping[int, tuple[list[str], bool]
     """Gives the parameters of heads the reason why they were left out."""
     heads = {name for names, head in places.values() if head for name in names}
     excluded = tuple(
-        replace(e, reason=_HEAD)
-        if e.name in heads and not e.reason.startswith("excluded by")
+        e
+        if e.reason.startswith("excluded by")
+        else replace(e, reason=_MAP)
+        if e.name.startswith(LAYER_MAPS)
+        else replace(e, reason=_HEAD)
+        if e.name in heads
         else e
         for e in selection.excluded
     )
