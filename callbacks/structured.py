@@ -38,7 +38,7 @@ from lightning_prune.masks import constant
 from lightning_prune.patterns import Unstructured
 from lightning_prune.removal import RemovalPlan, check_norms, remove
 from lightning_prune.removal.masked import silence
-from lightning_prune.targets import Excluded, Selection, Target, as_globs, select
+from lightning_prune.targets import LAYER_MAPS, Excluded, Selection, Target, as_globs, select
 from lightning_prune.unit_layout import Layout, check_multiple
 from lightning_prune.unit_policy import UnitMembers, UnitPolicy
 
@@ -186,6 +186,8 @@ class StructuredCallback(CompactingCallback):
         """Refuses to take channels from under what may read them."""
         inside = {id(p) for p in network_in(model)[1].parameters()}
         outside = [n for n, p in model.named_parameters() if id(p) not in inside]
+        if self.compact != "early":  # layer maps go before anything is cut that they read
+            outside = [n for n in outside if not n.startswith(LAYER_MAPS)]
         if outside:
             raise refusal(
                 "Parameters outside of the transformers model may read the channels that would go",

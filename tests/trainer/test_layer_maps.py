@@ -9,9 +9,10 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
 
-from lightning_prune.callbacks import DiffPruning, MovementPruning
+from lightning_prune.callbacks import DiffPruning, HardConcretePruning, MovementPruning
 from lightning_prune.distillation import DistillationModule, HiddenStates
 from tests.distilled import trainer
+from tests.refusals import refused
 
 
 class Student(L.LightningModule):
@@ -76,3 +77,15 @@ def test_a_difference_counts_the_student_alone():
     total = sum(start[n].numel() for n in counted)
     assert changed == total - round(0.9 * total)
     assert not any(torch.equal(maps.before[n], maps.after[n]) for n in maps.before)
+
+
+def test_channels_go_beside_a_layer_map_as_in_cofi():
+    student, maps = taught(HardConcretePruning(0.5, units=["hidden", "ffn"], compact=True))
+    assert student.model.bert.embeddings.word_embeddings.weight.shape[1] < 8
+    assert not any(torch.equal(maps.before[n], maps.after[n]) for n in maps.before)
+    assert student.model(input_ids=torch.tensor([[3, 4]])).logits.isfinite().all()
+
+
+def test_channels_under_a_layer_map_are_not_cut_in_mid_run():
+    with refused(where="units", got="layer_maps"):
+        taught(HardConcretePruning(0.5, units="hidden", compact="early"))

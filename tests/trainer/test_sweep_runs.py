@@ -103,7 +103,7 @@ def test_a_grid_with_baselines_runs_is_collected_and_goes_on(capsys):
 
 
 def test_a_sweep_that_is_stopped_goes_on_from_its_checkpoint(capsys):
-    fit = DIGITS | {"trainer": DIGITS["trainer"] | {"max_epochs": 25}}
+    fit = DIGITS | {"trainer": DIGITS["trainer"] | {"max_epochs": 60}}
     write(fit, grid={"pruning.sparsity": [0.5]})
     command = [sys.executable, "-m", "lightning_prune.cli", "sweep", "sweep.yaml"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
