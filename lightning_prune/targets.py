@@ -237,7 +237,7 @@ def _unusable(parameter: nn.Parameter) -> str | None:
 def as_globs(value: str | Sequence[str] | None) -> tuple[str, ...] | None:
     """One glob, several or none, in one form."""
     several = isinstance(value, Iterable) and not isinstance(value, str)
-    return tuple(value) if several else None if value is None else (value,)  # type: ignore
+    return tuple(value) if several else None if value is None else (value,)  # type: ignore[arg-type, return-value]
 
 
 def _globs(value: str | Sequence[str] | None, argument: str) -> tuple[str, ...]:
